@@ -1,0 +1,22 @@
+"""The one exception for a user's mistake."""
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can mend. `message` says what and which value; `hint` says what would do, or the command to type.
+
+    The command line prints both without a traceback and exits with code 2.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message + (f"\n  {hint}" if hint else ""))
+        self.message = message
+        self.hint = hint
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """Return ` Did you mean X?` for the closest known word, or an empty string."""
+    import difflib
+
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" Did you mean {close[0]}?" if close else ""
