@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from robustify.pixels import PixelModel
+
 
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[nn.Module]:
@@ -47,11 +49,11 @@ class Shadow:
     rounding noise).
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.source = model
+    def __init__(self, model: PixelModel) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.model.to(dtype=torch.bfloat16, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self._pairs = list(zip(self._floats(self.model), self._floats(self.source), strict=True))
+        # only the network: the normalisation before it stays exact
+        self.model.net.to(dtype=torch.bfloat16, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self._pairs = list(zip(self._floats(self.model.net), self._floats(model.net), strict=True))
 
     @staticmethod
     def _floats(model: nn.Module) -> list[torch.Tensor]:
