@@ -1,0 +1,1 @@
+"""Harden, measure and publish image classifiers."""
