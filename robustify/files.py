@@ -1,0 +1,174 @@
+"""Files and folders that are either complete or absent: atomic writes, staged folders, outputs never overwritten.
+
+A full disk anywhere in here is the user's to mend, so it raises UserError with the bytes needed and free.
+"""
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from robustify.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path` as a whole or not at all. Raises UserError when the disk is full."""
+    save(path, lambda temporary: _write(temporary, data), needed=len(data))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path` in UTF-8, as a whole or not at all. Raises UserError when the disk is full."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` to `path` as indented JSON, as a whole or not at all. Raises ValueError for NaN and infinities."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def save(path: str | Path, write: Callable[[Path], object], needed: int | None = None) -> None:
+    """Let `write(temporary)` fill a temporary file beside `path`, then put it in place; `path` is never half written.
+
+    needed: bytes that will be written, for the message, where known. Raises UserError when the disk is full.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        with _full_disk_explained(path, needed):
+            write(temporary)
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def new_folder(path: str | Path, force: bool = False) -> Path:
+    """Return the absolute path of an output folder that may be written; checks only, creates nothing.
+
+    Raises UserError when it holds something and `force` is false, when it is a file, when it or its parent cannot be
+    written, and when it cannot be swapped as a whole: the current folder, one above it, or a mount point.
+    """
+    folder = Path(path).expanduser().resolve()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"the output {path} is a file", "choose another folder with -o")
+    if os.path.ismount(folder) or Path.cwd().is_relative_to(folder):
+        raise UserError(f"the output {path} cannot be replaced as a whole while it is in use", f"-o {Path(path) / 'robust'}")
+    if folder.is_dir() and not force and any(folder.iterdir()):
+        raise UserError(f"the output folder {path} is not empty", "--force replaces its files; or choose another with -o")
+    parent = next(p for p in folder.parents if p.exists())
+    for place in (parent, folder):
+        if place.exists() and not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+            raise UserError(f"cannot write to {place}", "choose a folder that can be written with -o")
+    return folder
+
+
+@contextmanager
+def staged_folder(path: str | Path, needed: int | None = None) -> Iterator[Path]:
+    """Build a folder under a temporary name beside `path`; when the block ends well it takes the place of `path` at once.
+
+    Yields the empty folder to fill. Files of an older folder that the block did not write stay. When the block raises, the
+    older folder, or none, is left as it was. Raises UserError when the disk is full. needed: bytes, where known.
+    """
+    folder = Path(path).expanduser().resolve()
+    stage = _temporary(folder)
+    try:
+        with _full_disk_explained(folder, needed):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(stage, ignore_errors=True)
+            stage.mkdir()
+            yield stage
+            if folder.is_dir():
+                _link_missing(folder, stage)
+            for file in stage.rglob("*"):
+                if file.is_file():
+                    _flush(file)
+            _flush(stage)
+            _swap(stage, folder)
+            _flush(folder.parent)
+    finally:  # after a swap the temporary name holds the older folder
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+def _flush(path: Path) -> None:
+    """Ask the system to put a file, or a folder's entries, on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _link_missing(old: Path, new: Path) -> None:
+    """Give `new` every file of `old` that it lacks, as a hard link where the disk can: nothing is moved before the swap."""
+    for source in old.rglob("*"):
+        target = new / source.relative_to(old)
+        if target.exists() or target.is_symlink():
+            continue
+        if source.is_dir() and not source.is_symlink():
+            target.mkdir(parents=True)
+            continue
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _swap(stage: Path, folder: Path) -> None:
+    """Put `stage` in the place of `folder`, which then has the name of `stage`."""
+    if not folder.exists():
+        os.rename(stage, folder)
+    elif not _exchange(stage, folder):  # two steps: a kill between them leaves the older folder under a name that tells
+        aside = folder.with_name(f".{folder.name}.previous")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
+        try:
+            os.rename(stage, folder)
+        except OSError:
+            os.rename(aside, folder)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step, which only Linux does; return whether it was done."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+@contextmanager
+def _full_disk_explained(path: Path, needed: int | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        folder = next(p for p in path.parents if p.exists())
+        free = shutil.disk_usage(folder).free
+        wanted = "" if needed is None else f"{needed:,} bytes are needed, "
+        raise UserError(
+            f"the disk of {folder} is full: {wanted}{free:,} are free", "free some space, or choose another disk with -o"
+        ) from error
