@@ -1,0 +1,15 @@
+"""METHODS names every training method; each is one file."""
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from robustify.methods.fast_at import FastAt
+from robustify.methods.pgd_at import PgdAt
+from robustify.methods.standard import Standard
+from robustify.methods.trades import Trades
+from robustify.methods.wasserstein import Wasserstein
+
+METHODS = {cls.model_fields["name"].default: cls for cls in (Wasserstein, Trades, PgdAt, FastAt, Standard)}
+AnyMethod = Annotated[Wasserstein | Trades | PgdAt | FastAt | Standard, Field(discriminator="name")]

@@ -1,0 +1,96 @@
+"""Which parameters train: the last layer, all of them, or those whose name matches; and where the classifier is."""
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from robustify.errors import UserError, nearest
+from robustify.rng import mix
+
+
+@dataclass(frozen=True)
+class Selection:
+    """names: the parameters that train. trainable, total: how many numbers they hold, and the whole network."""
+
+    names: list[str]
+    trainable: int
+    total: int
+
+
+def find_classifier(net: nn.Module, x: Tensor) -> list[str]:
+    """Return the module names of the last layer(s), found by structure: whose output is the logits.
+
+    x: a batch of images as the network takes them. Looks for the linear layer or convolution whose flattened output
+    equals the logits; if there is none (a scaled output, or two distilled heads that are averaged), for those of the last
+    level with as many outputs as there are classes. Raises UserError when there is no such layer.
+    """
+    seen: list[tuple[str, Tensor]] = []
+    names = {module: name for name, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))}
+    hooks = [m.register_forward_hook(lambda m, _, out: seen.append((names[m], out.detach()))) for m in names]
+    was_training = [m for m in net.modules() if m.training]
+    net.eval()
+    try:
+        with torch.no_grad():
+            logits = net(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for m in was_training:
+            m.training = True
+    logits = logits.detach()
+    candidates = [(name, out.flatten(1)) for name, out in seen if out.numel() == logits.numel() and len(out) == len(logits)]
+    exact = [name for name, out in candidates if torch.equal(out, logits.flatten(1))]
+    if exact:
+        return exact[-1:]
+    pair = candidates[-2:]
+    if len(pair) == 2 and torch.allclose((pair[0][1] + pair[1][1]) / 2, logits.flatten(1), rtol=1e-4, atol=1e-5):
+        return [name for name, _ in pair]
+    if candidates:
+        return [candidates[-1][0]]
+    raise UserError(
+        f"{type(net).__name__} has no linear or convolutional layer with {logits.shape[1]} outputs at its end",
+        "name the layers to train, for instance --layers 'head*', or take --layers full",
+    )
+
+
+def select(net: nn.Module, layers: str, classifier: list[str]) -> Selection:
+    """Set requires_grad: `last` (the classifier), `full`, or a pattern on parameter names such as 'layer4*,fc*'.
+
+    Raises UserError when a pattern matches nothing.
+    """
+    wanted = [f"{name}.*" if name else "*" for name in classifier] if layers == "last" else ["*"] if layers == "full" else layers.split(",")
+    every = dict(net.named_parameters())
+    for pattern in wanted:
+        if not fnmatch.filter(every, pattern.strip()):
+            raise UserError(
+                f"--layers {pattern!r} matches no parameter.{nearest(pattern, list(every))}",
+                f"names look like {', '.join(list(every)[:2] + list(every)[-2:])}; or take last or full",
+            )
+    names = [name for name in every if any(fnmatch.fnmatch(name, pattern.strip()) for pattern in wanted)]
+    for name, weight in every.items():
+        weight.requires_grad_(name in names)
+    return Selection(names, sum(every[name].numel() for name in names), sum(w.numel() for w in every.values()))
+
+
+@torch.no_grad()
+def reinitialise(net: nn.Module, classifier: list[str], seed: int) -> None:
+    """Re-draw the classifier's weights as torch initialises them, from `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mix(seed, 1))
+        for name in classifier:
+            layer = net.get_submodule(name)
+            fresh = layer.reset_parameters
+            fresh()  # pyright: ignore[reportCallIssue]
+
+
+@torch.no_grad()
+def add_weight_noise(net: nn.Module, sigma: float, seed: int) -> None:
+    """w += sigma * std(w) * N(0,1) for every parameter of the network, tensor by tensor, from `seed`."""
+    generator = torch.Generator().manual_seed(mix(seed, 2))
+    for weight in net.parameters():
+        if weight.numel() > 1:
+            noise = torch.randn(weight.shape, generator=generator).to(weight)
+            weight.add_(sigma * weight.std() * noise)
