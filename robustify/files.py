@@ -62,9 +62,10 @@ def new_folder(path: str | Path, force: bool = False) -> Path:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"the output {path} is a file", "choose another folder with -o")
     if os.path.ismount(folder) or Path.cwd().is_relative_to(folder):
-        raise UserError(f"the output {path} cannot be replaced as a whole while it is in use", f"-o {Path(path) / 'robust'}")
+        hint = f"choose a folder inside it: -o {Path(path) / 'robust'}"
+        raise UserError(f"the output {path} cannot be replaced as a whole while it is in use", hint)
     if folder.is_dir() and not force and any(folder.iterdir()):
-        raise UserError(f"the output folder {path} is not empty", "--force replaces its files; or choose another with -o")
+        raise UserError(f"the output folder {path} is not empty", "--force replaces its files, -o names another")
     parent = next(p for p in folder.parents if p.exists())
     for place in (parent, folder):
         if place.exists() and not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
@@ -74,10 +75,10 @@ def new_folder(path: str | Path, force: bool = False) -> Path:
 
 @contextmanager
 def staged_folder(path: str | Path, needed: int | None = None) -> Iterator[Path]:
-    """Build a folder under a temporary name beside `path`; when the block ends well it takes the place of `path` at once.
+    """Build a folder under a temporary name beside `path`; when the block ends well it takes the place of `path`.
 
-    Yields the empty folder to fill. Files of an older folder that the block did not write stay. When the block raises, the
-    older folder, or none, is left as it was. Raises UserError when the disk is full. needed: bytes, where known.
+    Yields the empty folder to fill. Files of an older folder that the block did not write stay. When the block raises,
+    the older folder, or none, is left as it was. needed: bytes, where known. Raises UserError when the disk is full.
     """
     folder = Path(path).expanduser().resolve()
     stage = _temporary(folder)
@@ -120,7 +121,7 @@ def _flush(path: Path) -> None:
 
 
 def _link_missing(old: Path, new: Path) -> None:
-    """Give `new` every file of `old` that it lacks, as a hard link where the disk can: nothing is moved before the swap."""
+    """Give `new` every file of `old` that it lacks, as a hard link where the disk can: `old` stays whole."""
     for source in old.rglob("*"):
         target = new / source.relative_to(old)
         if target.exists() or target.is_symlink():
@@ -169,6 +170,5 @@ def _full_disk_explained(path: Path, needed: int | None) -> Iterator[None]:
         folder = next(p for p in path.parents if p.exists())
         free = shutil.disk_usage(folder).free
         wanted = "" if needed is None else f"{needed:,} bytes are needed, "
-        raise UserError(
-            f"the disk of {folder} is full: {wanted}{free:,} are free", "free some space, or choose another disk with -o"
-        ) from error
+        message = f"the disk of {folder} is full: {wanted}{free:,} are free"
+        raise UserError(message, "free some space, or choose another disk with -o") from error

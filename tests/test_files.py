@@ -83,7 +83,7 @@ def test_new_folder_refuses_files_current_folder_and_mounts(tmp_path, monkeypatc
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         files.new_folder(tmp_path / "file")
-    with pytest.raises(UserError, match="cannot write to .*file"):
+    with pytest.raises(UserError, match=r"cannot write to .*file"):
         files.new_folder(tmp_path / "file" / "out")
     (tmp_path / "in" / "side").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "in" / "side")
@@ -100,7 +100,7 @@ def test_new_folder_refuses_a_read_only_parent(tmp_path, monkeypatch):
     parent.chmod(0o555)
     if os.access(parent, os.W_OK):  # root may write anywhere
         monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != parent)
-    with pytest.raises(UserError, match="cannot write to .*locked"):
+    with pytest.raises(UserError, match=r"cannot write to .*locked"):
         files.new_folder(parent / "deep" / "out")
 
 
@@ -130,9 +130,14 @@ def test_staged_folder_that_fails_leaves_the_older_one(tmp_path, older, error):
     if older:
         out.mkdir()
         (out / "a").write_text("old")
-    with pytest.raises(type(error)), files.staged_folder(out) as stage:
-        (stage / "a").write_text("new")
-        raise error
+
+    def half():
+        with files.staged_folder(out) as stage:
+            (stage / "a").write_text("new")
+            raise error
+
+    with pytest.raises(type(error)):
+        half()
     assert [p.name for p in tmp_path.iterdir()] == (["out"] if older else [])
     assert not older or (out / "a").read_text() == "old"
 
@@ -158,9 +163,14 @@ def test_staged_folder_when_the_second_rename_fails(tmp_path, monkeypatch):
 
 def test_staged_folder_on_a_full_disk(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(UserError, match=r"full: 7 bytes are needed"), files.staged_folder(out, needed=7) as stage:
-        (stage / "half").write_text("ha")
-        full()
+
+    def half():
+        with files.staged_folder(out, needed=7) as stage:
+            (stage / "half").write_text("ha")
+            full()
+
+    with pytest.raises(UserError, match=r"full: 7 bytes are needed"):
+        half()
     assert list(tmp_path.iterdir()) == []
 
 

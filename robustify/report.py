@@ -1,0 +1,339 @@
+"""Report: what was measured, on what, under which attack; per-example verdicts, Wilson intervals, JSON."""
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from robustify import files
+from robustify.errors import UserError
+
+Kind = Literal["clean", "pointwise", "distributional"]
+Verdicts = Mapping[str, np.ndarray]  # row key -> bool [n]: is example i of the evaluated order classified correctly?
+_Z95 = 1.959963984540054
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attack under one threat, or the clean images.
+
+    threat:  ThreatModel.spec; None for clean.
+    correct: how many of the n examples withstood; fractional where a distributional adversary mixes perturbations.
+    passes:  average forward and backward passes per image; seconds: wall time of the whole row.
+    """
+
+    attack: str
+    threat: str | None
+    n: int
+    correct: float
+    settings: dict[str, Any] = field(default_factory=dict)
+    passes: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    kind: Kind = "pointwise"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.correct <= self.n or self.n < 1:
+            raise ValueError(f"{self.attack}: {self.correct} correct of {self.n} examples")
+        if (self.kind == "clean") != (self.threat is None):
+            raise ValueError(f"{self.attack}: a {self.kind} row cannot have the threat {self.threat}")
+        for name in ("settings", "passes"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+
+    @property
+    def key(self) -> str:
+        """What names the row's verdicts: unique within a report."""
+        return f"{self.attack} {self.threat}" if self.threat else self.attack
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the examples classified correctly, in [0,1]."""
+        return self.correct / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson 95 % interval of the accuracy."""
+        return wilson(self.correct, self.n)
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The one number of a threat: accuracy in the worst case over the attacks run, an upper bound of the true one."""
+
+    threat: str
+    n: int
+    correct: float
+    attacks: tuple[str, ...]
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson 95 % interval of the accuracy."""
+        return wilson(self.correct, self.n)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All measurements of one model on one split.
+
+    verdicts:  bool [n] per row key, in the evaluated order: a row of fewer examples covers the first ones.
+               Distributional rows have none. They live in an .npz beside the JSON.
+    headlines: filled when read back, so that the figures stand without the .npz.
+    """
+
+    model_id: str
+    data: str
+    split: str
+    rows: Sequence[Row]
+    verdicts: Verdicts = field(default_factory=dict, compare=False)
+    environment: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    version: str = field(default_factory=lambda: version_of("robustify"))
+    notes: list[str] = field(default_factory=list)
+    headlines: tuple[Headline, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(self.rows))
+        rows = {row.key: row for row in self.rows}
+        if len(rows) < len(self.rows):
+            raise ValueError(f"two rows have the same attack and threat: {[row.key for row in self.rows]}")
+        for key, verdict in self.verdicts.items():
+            if key not in rows or verdict.shape != (rows[key].n,) or int(verdict.sum()) != rows[key].correct:
+                raise ValueError(f"the verdicts of {key!r} do not belong to its row")
+
+    @property
+    def clean(self) -> Row | None:
+        """The row of the clean images."""
+        return next((row for row in self.rows if row.kind == "clean"), None)
+
+    @property
+    def threats(self) -> list[str]:
+        """The specs of the threats measured, in the order of the rows."""
+        return list(dict.fromkeys(row.threat for row in self.rows if row.threat))
+
+    def headline(self, threat: str) -> Headline:
+        """Return the worst case over all attacks of that threat: per example where every row has verdicts.
+
+        threat: a ThreatModel.spec. The clean image is among the perturbed ones. Rows of different n are joined on the
+        first examples, which all share. A distributional adversary acts on all examples at once: the lowest row stands.
+        Raises KeyError when the report has no attack of that threat.
+        """
+        rows = [row for row in self.rows if row.threat == threat]
+        if not rows:
+            raise KeyError(f"no attack of {threat} in this report; it has {', '.join(self.threats) or 'none'}")
+        names = tuple(row.attack for row in rows)
+        held = self.held(threat)
+        if held is not None:
+            return Headline(threat, len(held), int(held.sum()), names)
+        known = next((headline for headline in self.headlines if headline.threat == threat), None)
+        if known:
+            return known
+        worst = min(rows, key=lambda row: row.accuracy)
+        return Headline(threat, worst.n, worst.correct, names)
+
+    def held(self, threat: str) -> np.ndarray | None:
+        """Return bool [n]: which examples withstand every attack of a pointwise threat; None where verdicts lack."""
+        rows = [row for row in self.rows if row.threat == threat]
+        if not rows or not all(row.kind == "pointwise" and row.key in self.verdicts for row in rows):
+            return None
+        if self.clean and self.clean.key in self.verdicts:
+            rows.append(self.clean)
+        n = min(row.n for row in rows)
+        return np.logical_and.reduce([self.verdicts[row.key][:n] for row in rows])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the verdicts as JSON values; the derived figures are included for other readers."""
+        rows = [_with_figures(row) for row in self.rows]
+        headlines = [_with_figures(self.headline(threat)) for threat in self.threats]
+        apart = ("rows", "verdicts", "headlines")
+        shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in apart}
+        return {"format": _FORMAT, "digest": self.digest(), **plain(shown), "headlines": headlines, "rows": rows}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], verdicts: Verdicts | None = None) -> Report:
+        """Read what `to_json` returned. Raises UserError when it is not such a report."""
+        try:
+            if value["format"] > _FORMAT:
+                raise UserError(f"the report has format {value['format']}; this robustify reads {_FORMAT}", "upgrade it")
+            rows = [_only_fields(Row, row) for row in value["rows"]]
+            headlines = tuple(_only_fields(Headline, {**h, "attacks": tuple(h["attacks"])}) for h in value["headlines"])
+            known = {f.name: value[f.name] for f in dataclasses.fields(cls) if f.name in value}
+            return cls(**{**known, "rows": rows, "headlines": headlines, "verdicts": verdicts or {}})
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"not a report of robustify: {error}", "`robustify evaluate` writes report.json") from error
+
+    def digest(self) -> str:
+        """Return 12 hex digits of the figures: equal for equal measurements, whenever and however fast they ran."""
+        rows = [{k: v for k, v in dataclasses.asdict(row).items() if k != "seconds"} for row in self.rows]
+        headlines = [dataclasses.asdict(self.headline(threat)) for threat in self.threats]
+        figures = {"data": self.data, "split": self.split, "seed": self.seed, "rows": rows, "headlines": headlines}
+        return hashlib.sha256(json.dumps(plain(figures), sort_keys=True).encode()).hexdigest()[:12]
+
+    def table(self) -> list[dict[str, str]]:
+        """Return the lines to show as text: attack, threat, accuracy, interval, n, seconds; worst cases come last."""
+        lines = [_line(row.attack, row.threat, row, f"{row.seconds:.1f}") for row in self.rows]
+        several = [h for h in map(self.headline, self.threats) if len(h.attacks) > 1]
+        return lines + [_line("worst case", h.threat, h, "") for h in several]
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON to `path` and the verdicts beside it (.npz). Raises UserError when the disk is full."""
+        _save(Path(path), self.to_json(), {key: np.asarray(v, bool) for key, v in self.verdicts.items()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Read what `save` wrote. Raises UserError when there is none."""
+        value, verdicts = _load(Path(path))
+        return cls.from_json(value, verdicts)
+
+
+def save_pair(path: str | Path, before: Report, after: Report) -> None:
+    """Write both reports of a run into one JSON, {"before", "after"}, and their verdicts beside it."""
+    both = {"before": before, "after": after}
+    verdicts = {f"{name}:{key}": np.asarray(v, bool) for name, r in both.items() for key, v in r.verdicts.items()}
+    _save(Path(path), {name: report.to_json() for name, report in both.items()}, verdicts)
+
+
+def load_pair(path: str | Path) -> tuple[Report, Report]:
+    """Read what `save_pair` wrote: (before, after). Raises UserError when there is none."""
+    value, verdicts = _load(Path(path))
+    if not {"before", "after"} <= value.keys():
+        raise UserError(f"{path} does not hold a report before and one after", "`robustify finetune` writes both")
+
+    def part(name: str) -> Report:
+        mine = {key.removeprefix(f"{name}:"): v for key, v in verdicts.items() if key.startswith(f"{name}:")}
+        return Report.from_json(value[name], mine)
+
+    return part("before"), part("after")
+
+
+def wilson(correct: float, n: int) -> tuple[float, float]:
+    """Return the Wilson 95 % interval of a share, correct of n."""
+    share, z2 = correct / n, _Z95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+
+
+def paired_difference(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float]:
+    """Return (after - before, low, high) of the accuracy on the same examples, with a 95 % interval.
+
+    before, after: bool [n]; of different lengths, the first examples are compared. Only the examples whose verdict
+    changed carry the variance. Half a count is added to each cell of the 2x2 table (Agresti and Min, Statistics in
+    Medicine 2005), so that the interval covers at small n and has a width when nothing changed.
+    """
+    n = min(len(before), len(after))
+    if n == 0:
+        raise ValueError("no examples to compare")
+    before, after = np.asarray(before[:n], bool), np.asarray(after[:n], bool)
+    won, lost = int((after & ~before).sum()), int((before & ~after).sum())
+    total, up, down = n + 2, won + 0.5, lost + 0.5
+    centre = (up - down) / total
+    half = _Z95 * math.sqrt(up + down - (up - down) ** 2 / total) / total
+    return (won - lost) / n, max(-1.0, centre - half), min(1.0, centre + half)
+
+
+def percent(share: float) -> str:
+    """Return `53.12 %`; the one way in which accuracies are shown."""
+    return f"{100 * share:.2f} %"
+
+
+def percent_interval(interval: tuple[float, float]) -> str:
+    """Return `[50.01, 56.20]`, in per cent."""
+    return f"[{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]"
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Return what a figure may depend on: versions, the device's name, threads, platform."""
+    import torch
+
+    versions = {name: version_of(name) for name in ("robustify", "torch", "timm", "numpy")}
+    on_gpu = torch.device(device).type == "cuda"
+    name = torch.cuda.get_device_name(torch.device(device)) if on_gpu else _processor()
+    place = {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return {"python": platform.python_version(), **versions, **place, "platform": platform.platform()}
+
+
+def version_of(package: str) -> str:
+    """Return the installed version of a package, `unknown` when it is not installed as one."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def plain(value: Any) -> Any:
+    """Return the value made of JSON's types: arrays and tuples as lists, infinities as text, anything else by str()."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(v) for v in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if hasattr(value, "tolist"):  # numpy and torch
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
+
+
+def _with_figures(row: Row | Headline) -> dict[str, Any]:
+    return plain({**dataclasses.asdict(row), "accuracy": row.accuracy, "interval": row.interval})
+
+
+def _only_fields(kind: type[Any], value: Mapping[str, Any]) -> Any:
+    names = {f.name for f in dataclasses.fields(kind)}
+    return kind(**{k: v for k, v in value.items() if k in names})
+
+
+def _line(attack: str, threat: str | None, row: Row | Headline, seconds: str) -> dict[str, str]:
+    figures = {"accuracy": percent(row.accuracy), "interval": percent_interval(row.interval), "n": str(row.n)}
+    return {"attack": attack, "threat": (threat or "").replace(":", " "), **figures, "seconds": seconds}
+
+
+def _processor() -> str:
+    """The processor's name: Linux hides it in a file, elsewhere Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _save(path: Path, value: dict[str, Any], verdicts: Mapping[str, np.ndarray]) -> None:
+    """The verdicts go first, and the JSON names their digest: a kill between the two files cannot mix two runs."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **verdicts)  # pyright: ignore[reportArgumentType]
+    files.write_bytes(path.with_suffix(".npz"), buffer.getvalue())
+    files.write_json(path, {**value, "verdicts_sha256": hashlib.sha256(buffer.getvalue()).hexdigest()})
+
+
+def _load(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the JSON and the verdicts, which are empty when their file is gone or belongs to another report."""
+    try:
+        value = json.loads(path.read_text(encoding="utf8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no report {path}", "`robustify evaluate` writes one") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the report {path}: {error}", "`robustify evaluate` writes a new one") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a report of robustify", "`robustify evaluate` writes one")
+    side = path.with_suffix(".npz")
+    data = side.read_bytes() if side.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != value.get("verdicts_sha256"):
+        return value, {}
+    with np.load(io.BytesIO(data)) as arrays:
+        return value, {name: arrays[name] for name in arrays.files}
