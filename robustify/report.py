@@ -170,7 +170,7 @@ class Report:
         """Read what `to_json` returned. Raises UserError when it is not such a report."""
         try:
             if value["format"] > _FORMAT:
-                raise UserError(f"the report has format {value['format']}; this robustify reads {_FORMAT}", "upgrade it")
+                raise UserError(f"the report has format {value['format']}, not {_FORMAT}", "upgrade robustify")
             rows = [_only_fields(Row, row) for row in value["rows"]]
             headlines = tuple(_only_fields(Headline, {**h, "attacks": tuple(h["attacks"])}) for h in value["headlines"])
             known = {f.name: value[f.name] for f in dataclasses.fields(cls) if f.name in value}
