@@ -21,6 +21,7 @@ class Settings(BaseModel):
 class Method(Protocol):
     """The loop owns forwards, precision, accumulation and processes; a method says what to attack with and what to minimise.
 
+    adversarial: it trains against an adversary; the best epoch is then the most robust one, else the most accurate.
     needs_clean: the loss wants the logits of the unperturbed images too (a second training forward).
     distributional: it trains against a Wasserstein threat.
     """
@@ -28,6 +29,7 @@ class Method(Protocol):
     name: str
     summary: ClassVar[str]
     paper: ClassVar[str]
+    adversarial: ClassVar[bool]
     needs_clean: ClassVar[bool]
     distributional: ClassVar[bool]
     norms: ClassVar[tuple[Norm, ...]]
@@ -49,6 +51,3 @@ class Method(Protocol):
     def passes(self, bins: float, bws: float) -> float:
         """Cost of one step in forward passes, given the cost of a backward pass to the input and to the weights."""
         ...
-
-    @property
-    def model_fields_set(self) -> set[str]: ...

@@ -27,6 +27,7 @@ class FastAt(Settings):
 
     summary: ClassVar[str] = "cross entropy on the images that one step from a random start finds"
     paper: ClassVar[str] = "Wong et al. 2020, arXiv 2001.03994; Goodwin et al. 2020, arXiv 2007.03832"
+    adversarial: ClassVar[bool] = True
     needs_clean: ClassVar[bool] = False
     distributional: ClassVar[bool] = False
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2")

@@ -24,6 +24,7 @@ class PgdAt(Settings):
 
     summary: ClassVar[str] = "cross entropy on the images that K steps of PGD find"
     paper: ClassVar[str] = "Madry et al. 2018, arXiv 1706.06083"
+    adversarial: ClassVar[bool] = True
     needs_clean: ClassVar[bool] = False
     distributional: ClassVar[bool] = False
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2", "L1")

@@ -19,6 +19,7 @@ class Standard(Settings):
 
     summary: ClassVar[str] = "cross entropy on clean images: no robustness, a control"
     paper: ClassVar[str] = "-"
+    adversarial: ClassVar[bool] = False
     needs_clean: ClassVar[bool] = False
     distributional: ClassVar[bool] = False
     norms: ClassVar[tuple[Norm, ...]] = NORMS

@@ -24,6 +24,7 @@ class Trades(Settings):
 
     summary: ClassVar[str] = "clean cross entropy plus beta times the worst KL in the pointwise ball"
     paper: ClassVar[str] = "Zhang et al. 2019, arXiv 1901.08573"
+    adversarial: ClassVar[bool] = True
     needs_clean: ClassVar[bool] = True
     distributional: ClassVar[bool] = False
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2")

@@ -49,6 +49,7 @@ class Wasserstein(Settings):
 
     summary: ClassVar[str] = "TRADES against a Wasserstein ball: one budget, split over the images by their sensitivity"
     paper: ClassVar[str] = "Bai et al. 2025, arXiv 2502.09352 (budget attack: our reconstruction)"
+    adversarial: ClassVar[bool] = True
     needs_clean: ClassVar[bool] = True
     distributional: ClassVar[bool] = True
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2")

@@ -1,0 +1,87 @@
+"""What a run reports while it goes: plain data, shown by the command line or by the caller's own function."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from robustify.report import Report
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something worth a line. level: info or warning."""
+
+    text: str
+    level: str = "info"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """done of total units of a stage that takes longer than a moment."""
+
+    stage: str
+    done: int
+    total: int
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The resolved plan: what trains, on what, at what cost in passes."""
+
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """One optimiser step. step counts from 1 over the whole run; rate is images per second."""
+
+    step: int
+    steps: int
+    epoch: int
+    lr: float
+    losses: dict[str, float]
+    rate: float
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """The held-out figures after an epoch (epoch 0: before training), in [0,1]; extra: what the method logs."""
+
+    epoch: int
+    epochs: int
+    clean: float
+    robust: float
+    probe: str
+    best: bool
+    losses: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Collapsed:
+    """Robust accuracy fell by more than the limit below its best: catastrophic overfitting, rolled back to best_epoch."""
+
+    epoch: int
+    robust: float
+    best: float
+    best_epoch: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finished evaluation. when: before or after."""
+
+    when: str
+    report: Report
+
+
+@dataclass(frozen=True)
+class Exported:
+    path: Path
+
+
+Event = Note | Progress | Planned | StepEnd | EpochEnd | Collapsed | Measured | Exported
+Listener = Callable[[Event], None]

@@ -1,0 +1,315 @@
+"""Recipe: the frozen, typed description of a run, and the only thing needed to repeat it."""
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from robustify.attacks import AttackSpec
+from robustify.errors import UserError, nearest
+from robustify.methods import METHODS, AnyMethod
+from robustify.methods.base import Settings
+from robustify.threat import ThreatModel
+
+Origins = dict[str, str]
+DEFAULT_RADIUS = "Linf:8/255"
+
+
+class ModelSettings(Settings):
+    """Where the network comes from. source: a RobustBench name, a timm name, or a folder (`robustify ls models`)."""
+
+    source: str
+    dataset: str | None = None
+    threat: str | None = None
+    num_classes: int | None = Field(None, ge=2)
+    pretrained: bool = True
+    models_dir: str | None = None
+    allow_pickle: bool = False
+    verify: bool = True
+
+
+class DataSettings(Settings):
+    """name: digits, cifar10, cifar100, folder:PATH or npz:PATH. limit: use at most so many training images."""
+
+    name: str = "cifar10"
+    root: str | None = None
+    val_fraction: float = Field(0.1, gt=0, lt=1)
+    limit: int | None = Field(None, ge=2)
+    augment: Literal["auto", "none", "flip", "crop-flip", "shift"] = "auto"
+    workers: int = Field(0, ge=0)
+
+
+class TrainSettings(Settings):
+    """layers: last, full, or patterns on parameter names. batch_size: images per optimiser step, over all processes;
+    accumulate splits it into that many passes. init: weights as loaded, with the classifier re-initialised, or with
+    init_noise * std(w) of Gaussian noise. probe_images: held-out images on which robust accuracy is watched every epoch,
+    the best epoch is kept and a fall of collapse_drop below it counts as collapse."""
+
+    layers: str = "full"
+    epochs: int = Field(20, ge=1)
+    batch_size: int = Field(128, ge=1)
+    accumulate: int = Field(1, ge=1)
+    lr: float = Field(0.01, gt=0, le=100)
+    optimizer: Literal["sgd", "adamw", "lamb", "lars"] = "sgd"
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    schedule: Literal["cosine", "constant", "step", "cyclic"] = "cosine"
+    warmup_epochs: float = Field(0, ge=0)
+    clip_norm: float | None = Field(None, gt=0)
+    ema: float | None = Field(None, gt=0, lt=1)
+    batchnorm: Literal["train", "frozen"] = "train"
+    init: Literal["loaded", "reinit", "noise"] = "loaded"
+    init_noise: float = Field(0.05, gt=0)
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: int = Field(0, ge=0)
+    probe_images: int = Field(512, ge=16)
+    collapse_drop: float = Field(0.2, gt=0, le=1)
+    checkpoint_steps: int | None = Field(None, ge=1)
+    tracker: str | None = None
+
+    @model_validator(mode="after")
+    def _divisible(self) -> TrainSettings:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs:g} leaves nothing of {self.epochs} epochs")
+        return self
+
+
+class EvalSettings(Settings):
+    """What is measured before and after. n: test images, drawn by the seed (None: all)."""
+
+    attacks: tuple[str, ...] = ("clean", "fgsm", "pgd", "w-pgd")
+    n: int | None = Field(1000, ge=1)
+    batch_size: int = Field(256, ge=1)
+    seed: int = Field(0, ge=0)
+
+    @field_validator("attacks")
+    @classmethod
+    def _known(cls, attacks: tuple[str, ...]) -> tuple[str, ...]:
+        for attack in attacks:
+            if attack != "clean":
+                _as_value_error(AttackSpec.parse, attack)
+        return attacks
+
+
+class Recipe(Settings):
+    """Model, data, threat, method, training and evaluation of one run."""
+
+    model: ModelSettings
+    data: DataSettings = DataSettings()
+    threat: ThreatModel
+    method: AnyMethod
+    train: TrainSettings = TrainSettings()
+    eval: EvalSettings = EvalSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthands(cls, values: Any) -> Any:
+        """`model: NAME`, `data: NAME`, `method: NAME`; the threat follows the method when none is given."""
+        if not isinstance(values, Mapping):
+            return values
+        values = _expanded(values)
+        method_values = values.get("method") or {}
+        if isinstance(method_values, Mapping):
+            values["method"] = {"name": "wasserstein", **method_values}
+            method = METHODS.get(str(values["method"]["name"]))
+        else:
+            method = None
+        if values.get("threat") is None:
+            values["threat"] = f"W2-{DEFAULT_RADIUS}" if method and method.distributional else DEFAULT_RADIUS
+        return values
+
+    @model_validator(mode="after")
+    def _method_fits_threat(self) -> Recipe:
+        name, threat = self.method.name, self.threat
+        if self.method.distributional and not threat.distributional:
+            raise ValueError(
+                f"method {name} trains against a Wasserstein threat, {threat.spec} is pointwise: write threat: W2-{threat.spec}"
+            )
+        if threat.distributional and not self.method.distributional and name != "standard":
+            raise ValueError(
+                f"method {name} trains against a pointwise threat, {threat.spec} is distributional: "
+                f"write threat: {threat.pointwise().spec}, or take method wasserstein"
+            )
+        if threat.norm not in self.method.norms:
+            raise ValueError(f"method {name} does not train in the norm {threat.norm}; it knows {', '.join(self.method.norms)}")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that change with any setting."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe and where each of its values came from: `recipe`, `command line` or `default`."""
+
+    recipe: Recipe
+    origins: Origins
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with robustify."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in files("robustify.recipes").iterdir() if entry.name.endswith(".yaml"))
+
+
+def recipe_text(name: str) -> str:
+    """The YAML text of a recipe: a file, or the name of one that comes with robustify. Raises UserError."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise UserError(f"no recipe file {name}", f"recipes that come with robustify: {', '.join(recipe_names())}")
+        return path.read_text()
+    if name not in recipe_names():
+        raise UserError(
+            f"no recipe {name!r}.{nearest(name, recipe_names())}", f"recipes: {', '.join(recipe_names())}; or the path of a YAML file"
+        )
+    return (files("robustify.recipes") / f"{name}.yaml").read_text()
+
+
+def resolve(name: str | None = None, flags: Mapping[str, Any] | None = None, settings: Sequence[str] = ()) -> Resolved:
+    """Read a recipe and lay the command line over it.
+
+    name: file or name of a recipe, or None. flags: dotted keys and values, `None` meaning not given. settings: `key=value`
+    texts. Later ones win. Raises one UserError that lists every mistake.
+    """
+    values: dict[str, Any] = {}
+    origins: Origins = {}
+    if name:
+        try:
+            values = yaml.safe_load(recipe_text(name)) or {}
+        except yaml.YAMLError as error:
+            raise UserError(f"recipe {name} is not valid YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"recipe {name} must be a mapping of settings", "robustify show quickstart prints a valid one")
+        values = _expanded(values)
+        origins = dict.fromkeys(_leaves(values), f"recipe {name}")
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text!r} is not of the form key=value", "for instance --set method.beta=3")
+        given[key.strip()] = _plain(yaml.safe_load(value)) if value else None
+    _follow_method(values, given)
+    for key, value in given.items():
+        _put(values, key, value)
+        origins[key] = "command line"
+    if "model" not in values:
+        raise UserError("no model", "name one: robustify finetune --model Zhang2019, or a recipe: robustify ls recipes")
+    recipe = build(values)
+    every = _leaves(recipe.to_dict())
+    return Resolved(recipe, {key: origins.get(key, "default") for key in every})
+
+
+def build(values: Mapping[str, Any]) -> Recipe:
+    """Validate a mapping into a Recipe. Raises one UserError that lists every mistake, each with its key and value."""
+    try:
+        return Recipe.model_validate(dict(values))
+    except ValidationError as error:
+        lines = [_explain(dict(found)) for found in error.errors()]
+        what = "1 setting is" if len(lines) == 1 else f"{len(lines)} settings are"
+        raise UserError(f"{what} not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None
+
+
+def _explain(error: dict[str, Any]) -> str:
+    loc = [str(part) for part in error["loc"]]
+    if len(loc) > 2 and loc[0] == "method":
+        loc = [loc[0], *loc[2:]]  # without pydantic's tag of the union
+    key = ".".join(loc)
+    value = error.get("input")
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(error["loc"])
+        return f"unknown key {key} = {value!r}.{nearest(loc[-1], known)} Known: {', '.join(known)}"
+    if error["type"] == "union_tag_invalid":
+        name = value.get("name") if isinstance(value, Mapping) else value
+        return f"unknown method {name!r}.{nearest(str(name), list(METHODS))} Methods: {', '.join(METHODS)}"
+    message = str(error["msg"]).removeprefix("Value error, ").replace("\n", " ")
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    shown = "" if isinstance(value, (Mapping, Settings)) or error["type"] == "value_error" else f" = {value!r}"
+    return f"{key}{shown}: {message}" if key else message
+
+
+def _known_keys(loc: Sequence[Any]) -> list[str]:
+    kind: Any = METHODS[loc[1]] if loc[0] == "method" and len(loc) > 2 else Recipe
+    for part in () if kind is not Recipe else loc[:-1]:
+        kind = kind.model_fields[part].annotation
+    return list(kind.model_fields)
+
+
+def _follow_method(values: dict[str, Any], given: dict[str, Any]) -> None:
+    """--method over a recipe of another method: its own defaults, and the recipe's radius as the threat it can train for."""
+    new = given.get("method.name")
+    if new is None or new == values.get("method", {}).get("name"):
+        return
+    values["method"] = {}
+    method = METHODS.get(new)
+    if method and "threat" not in given and values.get("threat"):
+        threat = _as_threat(values["threat"])
+        if threat and threat.distributional != method.distributional:
+            pointwise = threat.pointwise().spec
+            given["threat"] = f"W2-{pointwise}" if method.distributional else pointwise
+
+
+def _as_threat(text: Any) -> ThreatModel | None:
+    try:
+        return ThreatModel.parse(text)
+    except UserError:
+        return None  # the recipe's validation reports it with all other mistakes
+
+
+def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`model: NAME`, `data: NAME` and `method: NAME` written out."""
+    expanded = {**values}
+    for key, inner in (("model", "source"), ("data", "name"), ("method", "name")):
+        if isinstance(expanded.get(key), str):
+            expanded[key] = {inner: expanded[key]}
+    return expanded
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    *outer, last = key.split(".")
+    for part in outer:
+        inner = values.get(part)
+        values[part] = inner = dict(inner) if isinstance(inner, Mapping) else {}
+        values = inner
+    values[last] = value
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, value in values.items():
+        keys += _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [prefix + key]
+    return keys
+
+
+def _plain(value: Any) -> Any:
+    """YAML reads 1e-3 as text; a number that Python can read is a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _as_value_error(read: Any, text: str) -> Any:
+    try:
+        return read(text)
+    except UserError as error:
+        raise ValueError(str(error)) from None
