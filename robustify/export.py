@@ -1,0 +1,207 @@
+"""Export: config.json and model.safetensors in timm's layout, read back and compared bit for bit before they count."""
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from robustify import files
+from robustify.errors import UserError
+from robustify.layers import find_classifier
+from robustify.pixels import PixelModel
+from robustify.report import plain, version_of
+from robustify.sources.checkpoint import Checkpoint
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CUSTOM = "custom"  # the arch of a network that only its user's code can build
+
+
+def export(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    robustness: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    verify_batch: Tensor,
+    class_names: Sequence[str] = (),
+    force: bool = False,
+) -> Path:
+    """Write the hardened `model` into `folder` as timm reads it, and return the folder's absolute path.
+
+    checkpoint:   what the model was made from: how to build its network anew, and what is known about it.
+    model:        the hardened PixelModel, perhaps wrapped for training; it is exported in single precision.
+    robustness:   what config.json says under `robustness`; metadata: more entries for the head of the weights' file.
+    verify_batch: images in [0,1], [N, C, H, W]. A network built anew from the written files must give the same logits.
+
+    The folder appears only when it does; other files in an older folder stay. Raises UserError when the network does
+    not survive the way through the files, when files.new_folder refuses the folder, and when the disk is full.
+    """
+    target = files.new_folder(folder, force)
+    net, mean, std = _plain_network(model)
+    original = PixelModel(net, mean, std).eval()
+    x = verify_batch.detach().to("cpu", torch.float32)
+    logits = _logits(original, x)
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are not finite", "it is not worth exporting: look at the run's losses")
+
+    state = _state(net)
+    config = _config(checkpoint, original, state, x, class_names, robustness)
+    weights = safetensors.torch.save(state, _head(checkpoint, metadata))
+    with files.staged_folder(target, needed=len(weights)) as stage:
+        files.write_bytes(stage / WEIGHTS, weights)
+        files.write_json(stage / CONFIG, config)
+        _compare(original, logits, _read_back(stage, net), x)
+    return target
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside torch.compile, (Distributed)DataParallel and weight averaging."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
+    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, wrappers) else model._orig_mod  # pyright: ignore[reportAssignmentType]
+    return model
+
+
+def _plain_network(model: nn.Module) -> tuple[nn.Module, list[float], list[float]]:
+    """Return a bare copy of the network, on the CPU in single precision and ordinary memory order, and mean, std."""
+    pixels = unwrap(model)
+    if not isinstance(pixels, PixelModel):
+        raise TypeError(f"export takes a PixelModel, not {type(pixels).__name__}")
+    net = copy.deepcopy(unwrap(pixels.net)).to(device="cpu", dtype=torch.float32)
+    net = net.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+    return net.requires_grad_(False).eval(), _short(pixels.mean), _short(pixels.std)
+
+
+def _short(values: Tensor) -> list[float]:
+    """The shortest numbers that give the same float32: 0.485, not 0.48500001430511475."""
+    return [float(str(v)) for v in values.flatten().float().cpu().numpy()]
+
+
+def _state(net: nn.Module) -> dict[str, Tensor]:
+    """The state dict as safetensors can hold it: nothing shared, nothing strided, no names of wrappers."""
+    state = net.state_dict()
+    odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise UserError(f"the network's state {odd[0]!r} is not a tensor", "make it a buffer: safetensors holds only those")
+    return {name.replace("_orig_mod.", ""): value.detach().clone().contiguous() for name, value in state.items()}
+
+
+def _config(
+    checkpoint: Checkpoint,
+    model: PixelModel,
+    state: Mapping[str, Tensor],
+    x: Tensor,
+    class_names: Sequence[str],
+    robustness: Mapping[str, Any],
+) -> dict[str, Any]:
+    """config.json as timm's save_for_hf lays it out; timm carries the extra key `robustness` along and ignores it."""
+    known = getattr(model.net, "pretrained_cfg", None) or {}
+    channels = checkpoint.input_size[0]
+    mean, std = _short(model.mean), _short(model.std)
+    classifier = _classifier(model, x, known.get("classifier"), state)
+    first = classifier[0] if isinstance(classifier, list) else classifier
+    pretrained_cfg = {
+        "tag": "robustify",
+        "custom_load": False,
+        "input_size": checkpoint.input_size,
+        "fixed_input_size": known.get("fixed_input_size", False),
+        "interpolation": known.get("interpolation", "bicubic"),
+        "crop_pct": known.get("crop_pct", 1.0),
+        "crop_mode": known.get("crop_mode", "center"),
+        "mean": mean if len(mean) == channels else mean * channels,
+        "std": std if len(std) == channels else std * channels,
+        "num_classes": checkpoint.num_classes,
+        "pool_size": known.get("pool_size"),
+        "first_conv": known.get("first_conv"),
+        "classifier": classifier,
+        **({"license": checkpoint.license} if checkpoint.license else {}),
+    }
+    if class_names and len(class_names) != checkpoint.num_classes:
+        raise UserError(f"{len(class_names)} class names for {checkpoint.num_classes} classes", "one name per output")
+    features = getattr(model.net, "num_features", None) or (state[f"{first}.weight"].shape[1] if first else None)
+    pool = getattr(model.net, "global_pool", None)
+    config = {
+        "architecture": checkpoint.arch,
+        "num_classes": checkpoint.num_classes,
+        "num_features": features,
+        "global_pool": pool if isinstance(pool, str) else None,
+        "label_names": list(class_names),
+        "model_args": dict(checkpoint.arch_args),
+    }
+    said = {key: value for key, value in config.items() if value}
+    return plain({**said, "pretrained_cfg": pretrained_cfg, "robustness": robustness})
+
+
+def _classifier(model: PixelModel, x: Tensor, known: Any, state: Mapping[str, Tensor]) -> str | list[str] | None:
+    """The name(s) of the last layer: what timm says if that is so, otherwise what the structure says."""
+    names = [known] if isinstance(known, str) else list(known or [])
+    if not names or any(f"{name}.weight" not in state for name in names):
+        try:
+            names = find_classifier(model.net, (x - model.mean) / model.std)
+        except UserError:
+            return None
+    names = [name for name in names if f"{name}.weight" in state]
+    return names if len(names) > 1 else next(iter(names), None)
+
+
+def _head(checkpoint: Checkpoint, metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The text entries at the head of the weights' file; other readers look for `format`."""
+    facts = {"format": "pt", "version": version_of("robustify"), "base_model": checkpoint.base_id}
+    facts["created"] = datetime.now(UTC).isoformat(timespec="seconds")
+    return facts | {key: _text(value) for key, value in metadata.items() if value is not None}
+
+
+def _text(value: Any) -> str:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    return value if isinstance(value, str) else json.dumps(plain(value))
+
+
+def _read_back(folder: Path, net: nn.Module) -> PixelModel:
+    """Build the network that the two files describe, behind the normalisation they describe, and load its weights."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf8"))
+    if config["architecture"] == CUSTOM:  # only its class can build it: a copy that has forgotten every weight
+        fresh = copy.deepcopy(net)
+        for value in fresh.state_dict().values():
+            value.normal_() if value.is_floating_point() else value.zero_()
+    else:
+        import timm
+
+        arguments = {"num_classes": config["num_classes"], **config.get("model_args", {})}
+        fresh = timm.create_model(config["architecture"], pretrained=False, **arguments)
+    try:
+        fresh.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
+    except RuntimeError as error:
+        raise UserError(
+            f"the exported weights do not fit a new {config['architecture']}: {error}",
+            "arch and arch_args must build the network that was trained",
+        ) from error
+    cfg = config["pretrained_cfg"]
+    return PixelModel(fresh.to(torch.float32), cfg["mean"], cfg["std"]).eval()
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x)
+
+
+def _compare(original: nn.Module, logits: Tensor, again: nn.Module, x: Tensor) -> None:
+    """Raise UserError unless both networks give exactly these logits."""
+    found = _logits(again, x)
+    if torch.equal(found, logits):
+        return
+    if not torch.equal(_logits(original, x), logits):
+        hint = "it gives other logits each time it is asked: take the randomness out of its eval mode"
+    else:
+        hint = "its output depends on something that its state dict does not hold: make that a buffer or an argument"
+    gap = f"by up to {(found - logits).abs().max():g}" if found.shape == logits.shape else "in shape"
+    raise UserError(f"nothing was exported: read back, the network's logits differ {gap} from the trained one's", hint)

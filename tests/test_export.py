@@ -1,0 +1,234 @@
+"""Exported folders: timm's layout, the same logits bit for bit, and nothing left behind when they are not."""
+from __future__ import annotations
+
+import copy
+import dataclasses
+import errno
+import json
+import os
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from robustify import export as exports
+from robustify import files
+from robustify.errors import UserError
+from robustify.export import export
+from robustify.pixels import PixelModel
+from robustify.sources.checkpoint import Checkpoint
+from robustify.threat import ThreatModel
+
+LOCAL_DIR = tuple(int(part) for part in timm.__version__.split(".")[:3]) >= (1, 0, 15)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NAMES = ["cat", "dog", "häher", "emu", "fox", "gnu", "hen"]
+
+
+def from_timm(arch: str, mean=MEAN, std=STD, size: int = 64, **arguments) -> Checkpoint:
+    net = timm.create_model(arch, num_classes=7, **arguments)
+    for module in net.modules():  # statistics that a new network does not have by chance
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    model = PixelModel(net, mean, std).eval()
+    return Checkpoint(model, arch, arguments, 7, (3, size, size), f"timm/{arch}.a1_in1k", "apache-2.0")
+
+
+class Tied(nn.Module):
+    """A network that no library builds, with a weight under two names and a strided one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.two.weight = self.one.weight
+        self.head = nn.Linear(4, 5)
+        self.register_buffer("scale", torch.tensor(2.0), persistent=False)
+
+    def forward(self, x):
+        return self.head(self.two(self.one(self.conv(x).mean((2, 3)))) * self.scale)
+
+
+def custom(net: nn.Module) -> Checkpoint:
+    return Checkpoint(PixelModel(net).eval(), "custom", {}, 5, (3, 8, 8), "a network of mine")
+
+
+def save(checkpoint: Checkpoint, folder, model=None, **more):
+    metadata = {"threat": ThreatModel("Linf", 8 / 255), "recipe": "abc"}
+    facts = {"robustness": {"threat": "Linf:8/255"}, "metadata": metadata}
+    x = torch.rand(3, *checkpoint.input_size)
+    return export(checkpoint, checkpoint.model if model is None else model, folder, verify_batch=x, **{**facts, **more})
+
+
+def left(folder) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arch", "arguments"),
+    [("resnet10t", {"stem_width": 16}), ("mobilenetv3_small_050", {}), ("test_vit", {"img_size": 64})],
+)
+def test_timm_loads_the_folder_with_the_same_logits(tmp_path, arch, arguments):
+    checkpoint = from_timm(arch, **arguments)
+    folder = save(checkpoint, tmp_path / "out")
+    x = torch.rand(2, 3, 64, 64)
+    config = json.loads((folder / "config.json").read_text())
+    cfg = config["pretrained_cfg"]
+    nets = [timm.create_model(arch, num_classes=7, checkpoint_path=str(folder / "model.safetensors"), **arguments)]
+    if LOCAL_DIR:
+        nets.append(timm.create_model(f"local-dir:{folder}", pretrained=True))
+        assert nets[-1].num_classes == 7
+    data = timm.data.resolve_data_config(cfg)
+    assert (data["mean"], data["std"], data["input_size"]) == (MEAN, STD, (3, 64, 64))
+    for net in nets:
+        normalised = (x - torch.tensor(data["mean"]).view(3, 1, 1)) / torch.tensor(data["std"]).view(3, 1, 1)
+        with torch.no_grad():
+            assert torch.equal(net.eval()(normalised), checkpoint.model(x))
+
+
+def test_what_the_config_says(tmp_path):
+    checkpoint = from_timm("resnet10t")
+    folder = save(checkpoint, tmp_path / "out", class_names=NAMES)
+    config = json.loads((folder / "config.json").read_text())
+    assert left(folder) == ["config.json", "model.safetensors"]
+    assert config["architecture"] == "resnet10t"
+    assert config["num_classes"] == 7
+    assert config["num_features"] == 512
+    assert config["label_names"] == NAMES
+    assert config["robustness"] == {"threat": "Linf:8/255"}
+    cfg = config["pretrained_cfg"]
+    assert cfg["input_size"] == [3, 64, 64]
+    assert (cfg["mean"], cfg["std"]) == (list(MEAN), list(STD))
+    assert (cfg["classifier"], cfg["first_conv"], cfg["license"]) == ("fc", "conv1.0", "apache-2.0")
+    assert {"interpolation", "crop_pct", "crop_mode", "num_classes", "tag"} <= cfg.keys()
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        head = file.metadata()
+    assert head["format"] == "pt"
+    assert head["recipe"] == "abc"
+    assert head["base_model"] == "timm/resnet10t.a1_in1k"
+    assert json.loads(head["threat"])["eps"] == 8 / 255
+    assert {"version", "created"} <= head.keys()
+    with pytest.raises(UserError, match="2 class names for 7"):
+        save(checkpoint, tmp_path / "names", class_names=["a", "b"])
+
+
+def test_a_network_that_normalises_inside_gets_mean_0_and_std_1(tmp_path):
+    checkpoint = dataclasses.replace(from_timm("resnet10t", (0.0,), (1.0,)), license=None)
+    cfg = json.loads((save(checkpoint, tmp_path / "out") / "config.json").read_text())["pretrained_cfg"]
+    assert (cfg["mean"], cfg["std"]) == ([0.0] * 3, [1.0] * 3)
+    assert "license" not in cfg
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda m: torch.compile(m),
+    lambda m: nn.DataParallel(m),
+    lambda m: PixelModel(torch.compile(m.net), MEAN, STD),
+    lambda m: torch.optim.swa_utils.AveragedModel(m),
+    lambda m: m.to(memory_format=torch.channels_last),
+    lambda m: m.double(),
+])  # fmt: skip
+def test_wrappers_and_memory_order_are_gone(tmp_path, wrap):
+    checkpoint = from_timm("resnet10t")
+    hardened = copy.deepcopy(checkpoint.model)
+    folder = save(checkpoint, tmp_path / "out", wrap(hardened))
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(checkpoint.model.net.state_dict())
+
+
+def test_any_module_with_shared_weights(tmp_path):
+    checkpoint = custom(Tied())
+    folder = save(checkpoint, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == "custom"
+    assert config["num_features"] == 4
+    assert config["pretrained_cfg"]["classifier"] == "head"
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert {"one.weight", "two.weight"} <= set(file.keys())
+
+
+def test_the_exported_model_is_left_as_it_was(tmp_path):
+    checkpoint = from_timm("resnet10t")
+    model = checkpoint.model.train()
+    before = copy.deepcopy(model.state_dict())
+    save(checkpoint, tmp_path / "out")
+    assert all(module.training for module in model.modules())
+    assert all(weight.requires_grad for weight in model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+class Random(Tied):
+    def forward(self, x):
+        return super().forward(x) + torch.rand(())
+
+
+class Wrong(Tied):
+    def load_state_dict(self, state, *args, **kwargs):
+        return super().load_state_dict({k: v + 1e-6 if v.is_floating_point() else v for k, v in state.items()})
+
+
+@pytest.mark.parametrize(("net", "hint"), [(Random, "randomness"), (Wrong, "state dict does not hold")])
+@pytest.mark.parametrize("older", [True, False])
+def test_a_mismatch_leaves_nothing(tmp_path, net, hint, older):
+    if older:
+        save(custom(Tied()), tmp_path / "out")
+        weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="logits differ by up to") as caught:
+        save(custom(net()), tmp_path / "out", force=True)
+    assert hint in caught.value.hint
+    assert left(tmp_path) == (["out"] if older else [])
+    assert not older or (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+
+
+def test_arguments_that_build_another_network(tmp_path):
+    checkpoint = dataclasses.replace(from_timm("resnet10t", stem_width=16), arch_args={})
+    with pytest.raises(UserError, match="do not fit a new resnet10t"):
+        save(checkpoint, tmp_path / "out")
+    assert left(tmp_path) == []
+
+
+def test_non_finite_logits(tmp_path):
+    net = Tied()
+    nn.init.constant_(net.head.bias, float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        save(custom(net), tmp_path / "out")
+
+
+def test_an_existing_folder_needs_force_and_keeps_its_other_files(tmp_path):
+    save(custom(Tied()), tmp_path / "out")
+    (tmp_path / "out" / "README.md").write_text("by hand")
+    with pytest.raises(UserError, match="not empty"):
+        save(custom(Tied()), tmp_path / "out")
+    save(custom(Tied()), tmp_path / "out", force=True)
+    assert left(tmp_path / "out") == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"full: [\d,]+ bytes are needed, [\d,]+ are free"):
+        save(custom(Tied()), tmp_path / "out")
+    assert left(tmp_path) == []
+
+
+def test_a_kill_before_the_swap_leaves_the_older_folder(tmp_path, monkeypatch):
+    save(custom(Tied()), tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "_swap", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(custom(Tied()), tmp_path / "out", force=True)
+    assert left(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_unwrap_takes_only_a_pixel_model(tmp_path):
+    assert isinstance(exports.unwrap(nn.DataParallel(Tied())), Tied)
+    with pytest.raises(TypeError, match="PixelModel"):
+        save(custom(Tied()), tmp_path / "out", Tied())
