@@ -1,0 +1,157 @@
+"""Where models come from. `load` takes one line of text and returns a Checkpoint.
+
+    PATH, local-dir:PATH         a folder in timm's layout, or a run's folder with model/ in it
+    digits                       the small network that comes with robustify
+    NAME, robustbench:NAME       a model of RobustBench; robustbench:cifar10/Linf/NAME leaves no doubt
+    NAME, timm:NAME              a model of timm, such as resnet18.a1_in1k
+    hf-hub:OWNER/NAME            a folder of the Hugging Face hub in timm's layout
+
+Importing this imports none of timm, robustbench and torchvision; loading does.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from robustify.errors import UserError, nearest
+from robustify.sources import local, robustbench, timm
+from robustify.sources.checkpoint import Checkpoint
+
+__all__ = ["SOURCES", "Checkpoint", "ModelInfo", "load", "names"]
+
+SOURCES = {
+    "local-dir": "a folder with config.json and model.safetensors",
+    "robustbench": "RobustBench's models",
+    "timm": "timm's models",
+    "hf-hub": "folders of the Hugging Face hub in timm's layout",
+}
+DIGITS = "digits"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A line of `robustify ls models`. Accuracies as published, in per cent; None when unknown.
+
+    robust_acc: of AutoAttack, or on the corrupted pictures for the threat `corruptions`. file: the weights, if here.
+    """
+
+    id: str
+    source: str
+    dataset: str | None = None
+    threat: str | None = None
+    architecture: str | None = None
+    clean_acc: float | None = None
+    robust_acc: float | None = None
+    additional_data: bool | None = None
+    file: Path | None = None
+
+
+def load(
+    source: str, *, dataset: str | None = None, threat: str | None = None, num_classes: int | None = None,
+    models_dir: Path | None = None, pretrained: bool = True, allow_pickle: bool = False,
+) -> Checkpoint:
+    """Return the model that `source` names, in eval mode. Raises UserError.
+
+    A name without prefix means, in this order: a folder, `digits`, a RobustBench model, a timm model, the only
+    RobustBench model whose name starts so.
+
+    dataset, threat: which RobustBench entry, where a name has several; cifar10 and Linf are preferred.
+    num_classes:     another number than the model's own puts a new classifier in.
+    models_dir:      the folder of RobustBench's weight files, see robustbench.py.
+    pretrained:      False for random weights; no weight file is needed then.
+    allow_pickle:    run the code that a weight file may hold.
+    """
+    build = _resolve(source.strip(), dataset, threat, models_dir)
+    return build(num_classes=num_classes, pretrained=pretrained, allow_pickle=allow_pickle)
+
+
+def _resolve(
+    source: str, dataset: str | None, threat: str | None, models_dir: Path | None
+) -> Callable[..., Checkpoint]:
+    """Return the function that loads what `source` names. Raises UserError."""
+    prefix, colon, name = source.partition(":")
+    if colon and prefix in SOURCES:
+        if not name:
+            raise UserError(f"{source} names no model", f"{prefix}: takes {SOURCES[prefix]}")
+        if prefix == "local-dir":
+            return lambda **options: local.load(Path(name), **options)
+        if prefix == "timm":
+            return lambda **options: timm.load(name, **options)
+        if prefix == "hf-hub":
+            return lambda **options: timm.load_hub(name, **options)
+        row = _robustbench(name, dataset, threat)
+        return lambda **options: robustbench.load(row, models_dir=models_dir, **options)
+    if local.is_model(Path(source).expanduser()):
+        return lambda **options: local.load(Path(source), **options)
+    if source == DIGITS:
+        return lambda **options: local.load(_digits(), base_id=DIGITS, **options)
+    found = robustbench.find(source, dataset, threat, robustbench.published())
+    if found is None and timm.exists(source.removeprefix("timm/")):
+        return lambda **options: timm.load(source, **options)
+    if found is None and (colon or "/" in source or Path(source).exists()):
+        raise _no_folder(source)
+    row = found or _robustbench(source, dataset, threat, timm.names())
+    return lambda **options: robustbench.load(row, models_dir=models_dir, **options)
+
+
+def _robustbench(
+    name: str, dataset: str | None, threat: str | None, others: Iterable[str] = ()
+) -> robustbench.Row:
+    """Return RobustBench's entry of this name, or of the only one that starts so. Raises UserError.
+
+    others: names that may have been meant too.
+    """
+    rows = robustbench.published()
+    row = robustbench.find(name, dataset, threat, rows) or robustbench.find_prefix(name, dataset, threat, rows)
+    row = row or robustbench.find(name, dataset, threat, robustbench.unlisted())
+    if row is None:
+        narrowed = " ".join(word for word in (dataset, threat) if word)
+        message = f"no model is called {name!r}" + (f" for {narrowed}" if narrowed else "")
+        close = nearest(name, [DIGITS, *{r["id"]: 0 for r in rows if r.get("weights", True)}, *others])
+        hint = "robustify ls models lists RobustBench's; folders and timm's names do as well"
+        raise UserError(f"{message}.{close}", hint)
+    return row
+
+
+def _no_folder(source: str) -> UserError:
+    if Path(source).exists():
+        hint = "a model folder holds config.json and model.safetensors, as robustify and timm write them"
+        return UserError(f"{source} is no model folder: it has no config.json", hint)
+    prefixes = ", ".join(f"{name}:" for name in SOURCES)
+    hint = f"prefixes: {prefixes}; for the Hugging Face hub: hf-hub:{source.split(':')[-1]}"
+    return UserError(f"there is no folder {source}", hint)
+
+
+def _digits() -> Path:
+    from importlib.resources import files
+
+    return Path(str(files("robustify.model_cards"))) / "digits-cnn"
+
+
+def names(
+    query: str = "", dataset: str | None = None, threat: str | None = None, models_dir: Path | None = None
+) -> list[ModelInfo]:
+    """Return what can be loaded by name: those with `query` in their name, for that data set and threat, best first.
+
+    timm's models are listed when the query starts with `timm:`, because importing timm takes seconds.
+    """
+    if query.startswith("timm:"):
+        found = timm.pretrained_names(query.removeprefix("timm:"))
+        return [ModelInfo(id=f"timm:{name}", source="timm", architecture=name.split(".")[0]) for name in found]
+    found = [ModelInfo(id=DIGITS, source="local-dir", dataset=DIGITS, architecture="DigitsCNN", file=_digits())]
+    for row in robustbench.published():
+        if row.get("weights", True):
+            robust = row.get("autoattack_acc", row.get("corruptions_acc"))
+            found.append(ModelInfo(
+                id=row["id"], source="robustbench", dataset=row["dataset"], threat=row["threat"],
+                architecture=row["architecture"], clean_acc=float(row["clean_acc"]),
+                robust_acc=None if robust is None else float(robust), additional_data=row["additional_data"],
+                file=robustbench.file(row, models_dir),
+            ))
+    wanted = [
+        info for info in found
+        if query.lower() in info.id.lower() and dataset in (None, info.dataset) and threat in (None, info.threat)
+    ]
+    places = [(info.dataset, info.threat) for info in found]
+    return sorted(wanted, key=lambda info: (places.index((info.dataset, info.threat)), -(info.robust_acc or 0)))
