@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from robustify.errors import UserError
-from robustify.images import SMALL_SIDE, chw, fit, nchw, with_channels
+from robustify.images import chw, fit, nchw, stored_size, with_channels
 from robustify.splits import Lazy, Resident, Split
 
 InputSize = tuple[int, int, int]
@@ -67,11 +67,11 @@ def pair_split(x: Any, y: Any, what: str, input_size: InputSize | None) -> Resid
 
 def labels_of(y: Any, what: str) -> Tensor:
     """Return labels as int64 [N] on the CPU. Raises UserError unless they are integers from 0."""
-    y = torch.as_tensor(y) if not isinstance(y, np.ndarray) or y.dtype.kind in "iufb" else y
     hint = "labels are integers from 0, one per image"
-    if not isinstance(y, Tensor) or y.is_floating_point() or y.dtype == torch.bool:
-        raise UserError(f"{what}: labels of type {str(y.dtype).removeprefix('torch.')}", hint)
-    y = y.detach().cpu().long()
+    y = y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
+    if y.dtype.kind not in "iu":
+        raise UserError(f"{what}: labels of type {y.dtype}", hint)
+    y = torch.from_numpy(y.astype(np.int64))
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.ndim != 1:
@@ -106,10 +106,10 @@ def _dataset_split(dataset: Any, what: str, input_size: InputSize | None) -> Laz
     if not len(dataset):
         raise UserError(f"{what}: no images", "")
     labels = labels_of(_labels(dataset, what), what)
-    channels, *native = chw(_pair(dataset[0], what)[0], f"{what}, image 0").shape
-    size = input_size[1:] if input_size else (native[0], native[1])
-    small = max(native) <= SMALL_SIDE and native[0] * native[1] <= size[0] * size[1]
-    stored = (input_size[0] if input_size else channels), *((native[0], native[1]) if small else size)
+    channels, height, width = chw(_pair(dataset[0], what)[0], f"{what}, image 0").shape
+    channels, *size = input_size or (channels, height, width)
+    size = size[0], size[1]
+    stored = channels, *stored_size((height, width), size)
     return Lazy(_Items(dataset, what, stored), labels, torch.arange(len(labels)), stored, size)
 
 

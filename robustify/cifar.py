@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import shutil
 import tarfile
@@ -46,7 +47,7 @@ def _unpack(kind: Any, root: Path) -> None:
             if goal.exists():
                 shutil.move(goal, fresh / "damaged")
             os.replace(fresh / kind.base_folder, goal)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise UserError(f"cannot provide {kind.filename} in {root}: {error}", remedy) from error
 
 

@@ -72,7 +72,7 @@ def load(name: str, *, root: Path | None = None, val_fraction: float = 0.1, seed
     val_fraction: part of the training images held out for validation, unless the source has both val and test.
     seed: which images these are; a test set that is held out does not depend on it.
     input_size: (C, H, W) that the model takes; images are resized to it and grey ones become colour.
-    limit: at most so many images, evenly over the classes, of each split that the source has.
+    limit: at most so many training images, evenly over the classes, with those held out for validation; test stays whole.
     progress: called with (done, total) while pictures are read into memory.
     Raises UserError for anything wrong with the name or the data.
     """
@@ -147,7 +147,8 @@ READERS: dict[str, Callable[[str, Path, InputSize | None], Source]] = {
 
 def _usual(train: Split) -> str:
     """Grey images are often digits or letters, which a flip would turn into others."""
-    return "shift" if isinstance(train, Resident) and train.images.stride(1) == 0 or train.shape[0] == 1 else "crop-flip"
+    made_colour = isinstance(train, Resident) and train.images.stride(1) == 0
+    return "shift" if made_colour or train.shape[0] == 1 else "crop-flip"
 
 
 def _assemble(source: Source, val_fraction: float, seed: int, limit: int | None, progress: Progress | None) -> Data:
@@ -161,10 +162,10 @@ def _assemble(source: Source, val_fraction: float, seed: int, limit: int | None,
     if len(set(shapes.values())) > 1:
         raise UserError(f"{source.name}: the splits differ in image size: {shapes}", "give images of one size, or an input_size")
     classes = _classes(source)
-    if limit is not None:
-        splits = {part: _limited(split, limit) for part, split in splits.items()}
     if "test" not in splits:
         splits["train"], splits["test"] = _held_out(splits["train"], source.test_fraction, TEST_SEED, f"{source.name} test")
+    if limit is not None and limit < len(splits["train"]):
+        splits["train"] = subset(splits["train"], _sample(splits["train"].labels, limit, TEST_SEED)[0])
     if "val" not in splits:
         splits["train"], splits["val"] = _held_out(splits["train"], val_fraction, seed, f"{source.name} val")
     train, val, test = (_settled(splits[part], source.threads, progress) for part in ("train", "val", "test"))
@@ -186,10 +187,6 @@ def _classes(source: Source) -> int:
     if len(train.unique()) < 2:
         raise UserError(f"{source.name}: all training images belong to class {int(train[0])}", "at least two classes are needed")
     return count
-
-
-def _limited(split: Split, limit: int) -> Split:
-    return split if len(split) <= limit else subset(split, _sample(split.labels, limit, TEST_SEED)[0])
 
 
 def _held_out(split: Split, fraction: float, seed: int, what: str) -> tuple[Split, Split]:
@@ -215,6 +212,5 @@ def _settled(split: Split, threads: int, progress: Progress | None) -> Split:
     """Small pictures move into memory: reading them again every epoch would cost more than training on them."""
     if isinstance(split, Resident) or max(split.stored[1:]) > SMALL_SIDE:
         return split
-    # floats at most
     channels, height, width = split.stored
     return split if len(split) * channels * height * width > MEMORY else resident(split, threads, progress)

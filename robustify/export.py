@@ -18,6 +18,7 @@ from robustify.errors import UserError
 from robustify.layers import find_classifier
 from robustify.pixels import PixelModel
 from robustify.report import plain, version_of
+from robustify.sources import local
 from robustify.sources.checkpoint import Checkpoint
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -39,7 +40,8 @@ def export(
 
     checkpoint:   what the model was made from: how to build its network anew, and what is known about it.
     model:        the hardened PixelModel, perhaps wrapped for training; it is exported in single precision.
-    robustness:   what config.json says under `robustness`; metadata: more entries for the head of the weights' file.
+    robustness:   what config.json says under `robustness`, beside base_model and dataset; sources read its `threat`.
+    metadata:     more entries for the head of the weights' file, such as threat and recipe.
     verify_batch: images in [0,1], [N, C, H, W]. A network built anew from the written files must give the same logits.
 
     The folder appears only when it does; other files in an older folder stay. Raises UserError when the network does
@@ -91,7 +93,7 @@ def _state(net: nn.Module) -> dict[str, Tensor]:
     state = net.state_dict()
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
-        raise UserError(f"the network's state {odd[0]!r} is not a tensor", "make it a buffer: safetensors holds only those")
+        raise UserError(f"the network's state {odd[0]!r} is not a tensor", "safetensors holds tensors only")
     return {name.replace("_orig_mod.", ""): value.detach().clone().contiguous() for name, value in state.items()}
 
 
@@ -138,7 +140,8 @@ def _config(
         "model_args": dict(checkpoint.arch_args),
     }
     said = {key: value for key, value in config.items() if value}
-    return plain({**said, "pretrained_cfg": pretrained_cfg, "robustness": robustness})
+    origin = {"base_model": checkpoint.base_id, "dataset": checkpoint.dataset}
+    return plain({**said, "pretrained_cfg": pretrained_cfg, "robustness": {**origin, **robustness}})
 
 
 def _classifier(model: PixelModel, x: Tensor, known: Any, state: Mapping[str, Tensor]) -> str | list[str] | None:
@@ -173,20 +176,14 @@ def _read_back(folder: Path, net: nn.Module) -> PixelModel:
         fresh = copy.deepcopy(net)
         for value in fresh.state_dict().values():
             value.normal_() if value.is_floating_point() else value.zero_()
-    else:
-        import timm
-
-        arguments = {"num_classes": config["num_classes"], **config.get("model_args", {})}
-        fresh = timm.create_model(config["architecture"], pretrained=False, **arguments)
-    try:
         fresh.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
-    except RuntimeError as error:
-        raise UserError(
-            f"the exported weights do not fit a new {config['architecture']}: {error}",
-            "arch and arch_args must build the network that was trained",
-        ) from error
-    cfg = config["pretrained_cfg"]
-    return PixelModel(fresh.to(torch.float32), cfg["mean"], cfg["std"]).eval()
+        cfg = config["pretrained_cfg"]
+        return PixelModel(fresh, cfg["mean"], cfg["std"]).eval()
+    try:
+        return local.load(folder).model
+    except UserError as error:
+        hint = "the checkpoint's arch and arch_args must build the network that was trained"
+        raise UserError(f"nothing was exported: it does not read back: {error.message}", hint) from error
 
 
 @torch.no_grad()

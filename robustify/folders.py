@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from robustify.errors import UserError
-from robustify.images import GREY_MODES, SMALL_SIDE, Size, fit_picture, no_colour
+from robustify.images import GREY_MODES, Size, fit_picture, no_colour, stored_size
 from robustify.splits import Lazy
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -82,9 +82,7 @@ def read_folder(folder: Path, input_size: tuple[int, int, int] | None) -> tuple[
     elif channels == 3 and input_size[0] == 1:
         raise no_colour(str(folder), 1)
     size = input_size[1:]
-    # small pictures stay as they are and grow batch by batch on the device
-    small = native is not None and max(native) <= SMALL_SIDE and native[0] * native[1] <= size[0] * size[1]
-    stored = input_size[0], *(native if small and native else size)
+    stored = input_size[0], *stored_size(native, size)
     return {part: _lazy(listing, stored, size) for part, listing in listings.items()}, classes
 
 

@@ -93,6 +93,16 @@ def _plan(height: int, width: int, size: Size) -> tuple[Size, Size]:
     return new, ((new[0] - size[0]) // 2, (new[1] - size[1]) // 2)
 
 
+def stored_size(native: Size | None, size: Size) -> Size:
+    """Return the size to keep pictures at that a model takes at `size`; native: theirs, None if they differ.
+
+    Small pictures stay as they are: resized on the device, batch by batch, they cost less to read and to keep.
+    """
+    if native and max(native) <= SMALL_SIDE and native[0] * native[1] <= size[0] * size[1]:
+        return native
+    return size
+
+
 def fit(x: Tensor, size: Size) -> Tensor:
     """Resize float images [N,C,h,w] so that they cover size = (H, W), keep the middle: [N,C,H,W], still in [0,1]."""
     height, width = x.shape[2:]

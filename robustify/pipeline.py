@@ -21,7 +21,7 @@ from robustify.card import write_card
 from robustify.data import Data
 from robustify.distributed import World, busy_cores, main_first, make_accelerator
 from robustify.errors import UserError
-from robustify.evaluate import evaluate
+from robustify.evaluation import evaluate
 from robustify.events import Event, Exported, Listener, Measured, Note, Planned, Progress
 from robustify.export import export
 from robustify.modes import borrowed

@@ -26,7 +26,7 @@ from robustify.augment import augment
 from robustify.data import Data, Split, batches, subset
 from robustify.distributed import World
 from robustify.errors import UserError
-from robustify.evaluate import evaluate, sample
+from robustify.evaluation import evaluate, sample
 from robustify.events import Collapsed, EpochEnd, Event, Note, Progress, StepEnd
 from robustify.gradients import gradient_norms
 from robustify.methods import AnyMethod
