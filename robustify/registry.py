@@ -1,8 +1,8 @@
 """Architectures that timm does not have, registered with it: RobustBench's, and the digits network.
 
 After `import robustify`, `timm.create_model("robustbench_cifar10_linf_...")` works, and so does
-`timm.create_model("local-dir:...")` of an exported folder. Neither timm nor RobustBench is imported for that: timm takes
-seconds, which `--help` must not cost, so the registration waits until somebody imports it.
+`timm.create_model("local-dir:...")` of an exported folder. Neither timm nor RobustBench is imported for that: timm
+takes seconds, which `--help` must not cost, so the registration waits until somebody imports it.
 """
 from __future__ import annotations
 

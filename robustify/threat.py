@@ -107,10 +107,10 @@ def _order(p: float | None) -> str:
 
 
 def _radius(eps: float) -> str:
-    steps = round(eps * 255, 6)
-    if steps == int(steps) and int(steps) / 255 == eps and steps != 255:
-        return f"{int(steps)}/255"
-    return repr(eps)
+    steps = round(eps * 255)
+    if eps < 1 and steps / 255 == eps:
+        return f"{steps}/255"
+    return f"{eps:g}" if float(f"{eps:g}") == eps else repr(eps)
 
 
 def per_image(values: Radius, x: Tensor) -> Radius:

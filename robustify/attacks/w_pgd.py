@@ -54,7 +54,7 @@ def w_pgd(
         for _ in range(steps):
             direction, slope, right = _directions(model, x_adv, y, threat, loss, batch_size)
             correct = float(reduce(right.double().sum(0, keepdim=True)))
-            if correct < fewest:
+            if correct <= fewest:  # of equals the later, whose loss is higher
                 best, fewest = x_adv.clone(), correct
             length = torch.where(slope > 0, slope**q_minus_1, 0.0)
             if p != torch.inf:
@@ -62,7 +62,7 @@ def w_pgd(
             x_adv = x_adv + step_ratio * threat.eps / steps * per_image(length.to(x.dtype), x) * direction
             x_adv = (x + _into_ball(x_adv - x, threat, p, mean)).clamp(0, 1)
         correct = float(reduce(_right(model, x_adv, y, batch_size).double().sum(0, keepdim=True)))
-    return x_adv if correct < fewest else best
+    return x_adv if correct <= fewest else best
 
 
 def _directions(

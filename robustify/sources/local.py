@@ -14,7 +14,6 @@ from robustify.sources import weights
 from robustify.sources.checkpoint import Checkpoint
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "input_size": (3, 224, 224)}  # timm's defaults
 
 
 def is_model(folder: Path) -> bool:
@@ -34,14 +33,14 @@ def load(
     if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
         folder = folder / "model"
     config = _config(folder / "config.json")
-    cfg = {**config, **config.get("pretrained_cfg", {})}  # old folders have one level only
+    cfg = config.get("pretrained_cfg", config)  # old folders have one level only
     own = config.get("num_classes", cfg.get("num_classes"))
     args = dict(config.get("model_args") or {})
     if not isinstance(own, int) or own < 1:
         message = f"{folder / 'config.json'} does not say how many classes the model has"
         raise UserError(message, 'add "num_classes": 10')
-    input_size = _three(cfg.get("input_size") or IMAGENET["input_size"])
-    net = build(config, folder, own, args)
+    net = _build(config["architecture"], cfg, folder, own, args)
+    described = vars(net)["default_cfg"]
     if pretrained:
         path = _weight_file(folder)
         weights.fill(net, weights.named_for(net, weights.read(path, allow_pickle)), path, config["architecture"])
@@ -50,8 +49,8 @@ def load(
         _reset(net, num_classes, config["architecture"])
     robustness = config.get("robustness") or {}
     return Checkpoint(
-        model=PixelModel(net, cfg.get("mean") or IMAGENET["mean"], cfg.get("std") or IMAGENET["std"]).eval(),
-        arch=config["architecture"], arch_args=args, num_classes=num_classes or own, input_size=input_size,
+        model=PixelModel(net, described["mean"], described["std"]).eval(), arch=config["architecture"], arch_args=args,
+        num_classes=num_classes or own, input_size=tuple(described["input_size"]),
         base_id=base_id or robustness.get("base_model") or folder.resolve().name, license=cfg.get("license"),
         dataset=robustness.get("dataset"), threat=robustness.get("threat"), pretrained=pretrained and not replaced,
     )
@@ -75,20 +74,17 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _three(size: Any) -> tuple[int, int, int]:
-    channels, height, width = size
-    return int(channels), int(height), int(width)
+def _build(arch: str, cfg: dict[str, Any], folder: Path, num_classes: int, args: dict[str, Any]) -> nn.Module:
+    """Return the network that config.json describes, with random weights. Raises UserError.
 
-
-def build(config: dict[str, Any], folder: Path, num_classes: int, args: dict[str, Any]) -> nn.Module:
-    """Return the network that config.json describes, with random weights. Raises UserError."""
+    Its `default_cfg` is what `cfg` says, and timm's description of the architecture where that says nothing.
+    """
     import timm
-    from timm.models import PretrainedCfg
+    from timm.models import PretrainedCfg, get_pretrained_cfg
 
     from robustify import registry
     from robustify.sources import robustbench
 
-    arch = config["architecture"]
     if arch == "custom":
         raise UserError(
             f"{folder} holds the weights of a class of your own, which its files cannot build",
@@ -102,10 +98,11 @@ def build(config: dict[str, Any], folder: Path, num_classes: int, args: dict[str
         hint = f"see {folder / 'config.json'}; a newer timm may know it: pip install -U timm"
         raise UserError(message, hint)
     known = {field.name for field in dataclasses.fields(PretrainedCfg)}
-    said = config.get("pretrained_cfg", {}).items()
-    cfg = {name: value for name, value in said if name in known and value is not None} | {"num_classes": num_classes}
+    usual = get_pretrained_cfg(arch) or PretrainedCfg()
+    said = {name: value for name, value in cfg.items() if name in known and value is not None}
+    both = usual.to_dict(remove_source=True) | said | {"num_classes": num_classes}
     try:
-        return timm.create_model(arch, num_classes=num_classes, pretrained_cfg=cfg, **args)
+        return timm.create_model(arch, num_classes=num_classes, pretrained_cfg=both, **args)
     except (TypeError, ValueError, AssertionError) as error:
         message = f"{arch} cannot be built with the arguments in {folder / 'config.json'}: {error}"
         raise UserError(message, f'see its "model_args": {args}') from error

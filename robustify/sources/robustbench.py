@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from robustify.errors import UserError
 from robustify.pixels import PixelModel
@@ -257,17 +257,15 @@ def load(
     net = timm.create_model(arch, num_classes=num_classes or classes)
     if pretrained:
         path = file(row, models_dir) or _fetch(row, _folder(models_dir) / place(row))
-        lenient = row["id"] in LENIENT or row["dataset"] == "imagenet"
-        weights.fill(net, _state(net, path, allow_pickle), path, row["id"], lenient)
+        # the files of timm's networks and of ImageNet are those of the network behind RobustBench's normalisation layer
+        lenient = row["id"] in LENIENT or row["dataset"] == "imagenet" or _timm_name(row) is not None
+        state = weights.named_for(net, weights.read(path, allow_pickle))
+        weights.fill(net, state, path, row["id"], lenient)
     return Checkpoint(
         model=PixelModel(net).eval(), arch=arch, arch_args={}, num_classes=classes, input_size=input_size(row),
         base_id="robustbench:" + "/".join(key(row)), published=row if "clean_acc" in row else None,
         dataset=row["dataset"], threat=row["threat"], pretrained=pretrained,
     )
-
-
-def _state(net: nn.Module, path: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    return weights.named_for(net, weights.read(path, allow_pickle))
 
 
 def place(row: Row) -> Path:

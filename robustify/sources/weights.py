@@ -1,9 +1,12 @@
 """Weight files: what a file really holds, its tensors by name, and fitting them to a network."""
 from __future__ import annotations
 
+import argparse
+import contextlib
 import pickle
 import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,8 +69,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path, allow_pickle: bool) -> Any:
+    # training scripts save their options beside the weights; a Namespace runs nothing (torch 2.4 cannot be told so)
+    allowed = getattr(torch.serialization, "safe_globals", contextlib.nullcontext)
     try:
-        return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
+        with warnings.catch_warnings(), allowed([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # about old formats
+            return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
         if "Unsupported" not in str(error) or allow_pickle:
             raise _broken(path, error) from None

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_net
+from torch import nn
+
+from robustify.attacks import ATTACKS, fgsm
+from robustify.gradients import gradient_norms, input_gradient
+from robustify.losses import ce
+from robustify.modes import Shadow, borrowed
+from robustify.pixels import PixelModel
+from robustify.threat import ThreatModel
+
+X, Y = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 4
+
+
+def fingerprint(net: nn.Module):
+    return (
+        [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()], [p.grad is None for p in net.parameters()],
+        [t.clone() for t in net.state_dict().values()],
+    )
+
+
+def same(a, b) -> bool:
+    return a[:3] == b[:3] and all(torch.equal(x, y) for x, y in zip(a[3], b[3], strict=True))
+
+
+def mixed_net() -> nn.Sequential:
+    net = tiny_net().train()
+    net[1].eval()
+    net[0].weight.requires_grad_(False)
+    return net
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_gives_the_model_back_as_it_was(name):
+    net = mixed_net()
+    before = fingerprint(net)
+    threat = ThreatModel("Linf", 0.05, 2.0 if ATTACKS[name].distributional else None)
+    ATTACKS[name].run(net, X, Y, threat=threat)
+    assert same(before, fingerprint(net))
+
+
+def test_given_back_after_an_error_too():
+    net = mixed_net()
+    before = fingerprint(net)
+    with pytest.raises(IndexError), borrowed(net):
+        fgsm(net, X, Y + 100, threat=ThreatModel("Linf", 0.05))
+    assert same(before, fingerprint(net))
+
+
+def test_the_gradient_is_each_images_own_and_no_weight_gets_one():
+    net = tiny_net()
+    with borrowed(net):
+        g, logits, losses = input_gradient(net, X, lambda z: ce(z, Y))
+        alone, _, _ = input_gradient(net, X[2:3], lambda z: ce(z, Y[2:3]))
+    assert torch.allclose(g[2], alone[0], atol=1e-7)
+    assert logits.shape == (6, 4)
+    assert losses.shape == (6,)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_gradient_norms_of_batches_are_those_of_the_whole():
+    net = tiny_net()
+    whole = gradient_norms(net, [(X, Y)], "ce", "Linf")
+    parts = gradient_norms(net, [(X[:4], Y[:4]), (X[4:], Y[4:])], "ce", "Linf")
+    assert torch.allclose(whole, parts, rtol=1e-5)
+
+
+def test_pixel_model_is_the_only_normalisation():
+    net = tiny_net().eval()
+    model = PixelModel(net, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    by_hand = net((X - torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(1, 3, 1, 1))
+    assert torch.equal(model(X), by_hand)
+    assert torch.equal(PixelModel(net)(X), net(X))
+    assert set(PixelModel(net).state_dict()) == {f"net.{key}" for key in net.state_dict()}
+
+
+def test_the_shadow_follows_its_source_and_keeps_the_normalisation_exact():
+    model = PixelModel(tiny_net(), (0.4914,) * 3, (0.2471,) * 3).eval()
+    shadow = Shadow(model)
+    assert shadow.model.mean.dtype == torch.float32
+    assert next(shadow.model.net.parameters()).dtype == torch.bfloat16
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.5)
+        model.net[1].running_mean.add_(1.0)
+    stale = shadow.model(X)
+    shadow.refresh()
+    fresh = shadow.model(X)
+    exact = model(X)
+    assert torch.allclose(fresh, exact, rtol=0.02)
+    assert not torch.allclose(stale, exact, rtol=0.02)
+    assert fresh.dtype == torch.float32
+    assert not any(t.requires_grad for t in (*shadow.model.parameters(), *shadow.model.buffers()))
