@@ -34,19 +34,20 @@ def read_npz(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     wanted = {part: pair for part, pair in keys.items() if part == "train" or any(key in arrays for key in pair)}
     missing = [key for pair in wanted.values() for key in pair if key not in arrays]
     if missing:
-        raise UserError(f"{path} has no {', '.join(missing)}; it has {', '.join(arrays) or 'nothing'}", f"it holds {NPZ_KEYS}")
+        raise UserError(f"{path} has no {', '.join(missing)}; it has {', '.join(arrays) or 'nothing'}",
+                        f"an npz file holds {NPZ_KEYS}")
     return {part: (arrays[x], arrays[y]) for part, (x, y) in wanted.items()}
 
 
 def split_of(source: Any, what: str, input_size: InputSize | None) -> Split:
-    """Return the split of a pair (x, y), a torch Dataset of such pairs, or a Split (as it is). what: its name in messages.
+    """Return the split of a pair (x, y), of a torch Dataset of such pairs (lazy), or of a Split (as it is).
 
-    A Dataset stays lazy. Raises UserError.
+    what: its name in messages. Raises UserError.
     """
     if isinstance(source, (Resident, Lazy)):
         return source
     if isinstance(source, (tuple, list)) and len(source) == 2 and hasattr(source[0], "shape"):
-        return pair_split(*source, what, input_size)
+        return pair_split(source[0], source[1], what, input_size)
     if not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
         inner = " You gave a DataLoader: give its .dataset." if hasattr(source, "dataset") else ""
         raise UserError(f"{what}: cannot read images from a {type(source).__name__}",

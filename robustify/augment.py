@@ -14,9 +14,13 @@ KINDS = ("none", "flip", "crop-flip", "shift")
 
 
 def augment(x: Tensor, kind: str, draws: Draws) -> Tensor:
-    """Return x, [N,C,H,W] in [0,1], augmented; what moves in from outside is black. Raises UserError for an unknown kind."""
+    """Return x, [N,C,H,W] in [0,1], augmented; what moves in from outside is black.
+
+    Raises UserError for an unknown kind.
+    """
     if kind not in KINDS:
-        raise UserError(f"unknown augmentation {kind!r}", f"augmentations: {', '.join(KINDS)}.{nearest(kind, list(KINDS))}")
+        known = ", ".join(KINDS)
+        raise UserError(f"unknown augmentation {kind!r}", f"augmentations: {known}.{nearest(kind, list(KINDS))}")
     if kind == "none":
         return x
     if kind == "shift":

@@ -15,7 +15,7 @@ from robustify.errors import UserError
 
 
 def read_cifar(name: str, root: Path) -> tuple[Any, Any]:
-    """Return torchvision's (train, test) sets of cifar10 or cifar100, with `data` uint8 [N,32,32,3], `targets`, `classes`.
+    """Return torchvision's (train, test) sets of cifar10 or cifar100: `data` uint8 [N,32,32,3], `targets`, `classes`.
 
     Downloads the archive into root if neither it nor its contents are there. Raises UserError if that is impossible.
     """
@@ -31,7 +31,7 @@ def read_cifar(name: str, root: Path) -> tuple[Any, Any]:
 
 def _unpack(kind: Any, root: Path) -> None:
     archive = root / kind.filename
-    remedy = f"get {kind.url} by another way and put it there as {archive} (md5 {kind.tgz_md5}), or choose another folder"
+    remedy = f"get {kind.url} another way and put it there as {archive} (md5 {kind.tgz_md5})"
     try:
         root.mkdir(parents=True, exist_ok=True)
         # all work happens in a folder beside the goal, which disappears; the goal is complete or absent
@@ -63,5 +63,6 @@ def _check(path: Path, md5: str, remedy: str, called: str = "") -> None:
         file.seek(0)
         found = hashlib.file_digest(file, "md5").hexdigest()
     if found != md5:
-        what = "a web page" if start.startswith((b"<!doctype", b"<html")) else f"another or an incomplete file (md5 {found})"
+        page = start.startswith((b"<!doctype", b"<html"))
+        what = "a web page" if page else f"another or an incomplete file (md5 {found})"
         raise UserError(f"{called or path} is not the archive but {what}", remedy)

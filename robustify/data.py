@@ -1,4 +1,4 @@
-"""Data sets by name, folder, file or tensors -> Data(train, val, test). Validation never overlaps with training or test."""
+"""Data sets by name, folder, file or tensors -> Data(train, val, test); the three never overlap by our doing."""
 from __future__ import annotations
 
 import hashlib
@@ -32,8 +32,8 @@ TEST_SEED = 0  # which images are the test set never depends on the run's seed
 class Data:
     """One data set, ready for a model.
 
-    class_names: None where the source has no names. input_size: (C, H, W) of every batch. augmentation: one of
-    augment.KINDS, what suits the data. digest: 12 hex digits of the labels and some pixels; the same data, the same text.
+    class_names: None where the source has no names. input_size: (C, H, W) of every batch.
+    augmentation: one of augment.KINDS, what suits the data. digest: 12 hex digits of the labels and some pixels.
     """
 
     name: str
@@ -72,7 +72,7 @@ def load(name: str, *, root: Path | None = None, val_fraction: float = 0.1, seed
     val_fraction: part of the training images held out for validation, unless the source has both val and test.
     seed: which images these are; a test set that is held out does not depend on it.
     input_size: (C, H, W) that the model takes; images are resized to it and grey ones become colour.
-    limit: at most so many training images, evenly over the classes, with those held out for validation; test stays whole.
+    limit: at most so many training images, evenly over the classes, validation among them; test stays whole.
     progress: called with (done, total) while pictures are read into memory.
     Raises UserError for anything wrong with the name or the data.
     """
@@ -87,9 +87,9 @@ def load(name: str, *, root: Path | None = None, val_fraction: float = 0.1, seed
 
 def from_tensors(train: Any, val: Any = None, test: Any = None, *, name: str = "tensors",
                  class_names: list[str] | None = None, num_classes: int | None = None,
-                 input_size: InputSize | None = None, val_fraction: float = 0.1, seed: int = 0, limit: int | None = None,
-                 augmentation: str | None = None, progress: Progress | None = None) -> Data:
-    """Make a data set of your own images; each argument a pair (x, y) of tensors or arrays, or a torch Dataset of such pairs.
+                 input_size: InputSize | None = None, val_fraction: float = 0.1, seed: int = 0,
+                 limit: int | None = None, augmentation: str | None = None, progress: Progress | None = None) -> Data:
+    """Make a data set of your own images: each part a pair (x, y) of arrays, or a torch Dataset of such pairs.
 
     Images: uint8, or floats in [0,1] before any normalisation. What is missing is held out of train: a tenth for val, a
     fifth for test, disjoint. A small Dataset is read once into memory, so its own random transforms are drawn once.
@@ -160,14 +160,15 @@ def _assemble(source: Source, val_fraction: float, seed: int, limit: int | None,
     splits = dict(source.splits)
     shapes = {part: split.shape for part, split in splits.items()}
     if len(set(shapes.values())) > 1:
-        raise UserError(f"{source.name}: the splits differ in image size: {shapes}", "give images of one size, or an input_size")
+        raise UserError(f"{source.name}: the splits differ in image size: {shapes}",
+                        "give images of one size, or an input_size")
     classes = _classes(source)
     if "test" not in splits:
-        splits["train"], splits["test"] = _held_out(splits["train"], source.test_fraction, TEST_SEED, f"{source.name} test")
+        splits["train"], splits["test"] = _held_out(splits["train"], source.test_fraction, TEST_SEED, source.name)
     if limit is not None and limit < len(splits["train"]):
         splits["train"] = subset(splits["train"], _sample(splits["train"].labels, limit, TEST_SEED)[0])
     if "val" not in splits:
-        splits["train"], splits["val"] = _held_out(splits["train"], val_fraction, seed, f"{source.name} val")
+        splits["train"], splits["val"] = _held_out(splits["train"], val_fraction, seed, source.name)
     train, val, test = (_settled(splits[part], source.threads, progress) for part in ("train", "val", "test"))
     return Data(source.name, train, val, test, classes, source.class_names, train.shape, source.augmentation,
                 digest(train, val, test))
@@ -185,7 +186,8 @@ def _classes(source: Source) -> int:
             raise UserError(f"{source.name} {part}: label {int(split.labels.max())}, but there are {count} classes",
                             f"labels lie in 0..{count - 1}")
     if len(train.unique()) < 2:
-        raise UserError(f"{source.name}: all training images belong to class {int(train[0])}", "at least two classes are needed")
+        raise UserError(f"{source.name}: all training images belong to class {int(train[0])}",
+                        "at least two classes are needed")
     return count
 
 
@@ -193,7 +195,8 @@ def _held_out(split: Split, fraction: float, seed: int, what: str) -> tuple[Spli
     """Return (what remains, what is held out). Raises UserError if either were too small to mean anything."""
     count = max(round(fraction * len(split)), FEWEST)
     if len(split) < count + FEWEST:
-        raise UserError(f"{what}: cannot hold out {count} of {len(split)} images", f"at least {FEWEST} must remain for training")
+        raise UserError(f"{what}: cannot hold {count} of {len(split)} training images out for validation or test",
+                        f"at least {FEWEST} must remain: give more images")
     held, rest = _sample(split.labels, count, seed)
     return subset(split, rest), subset(split, held)
 

@@ -43,7 +43,7 @@ class Files:
 
 
 def decode(path: Path, channels: int, size: Size) -> Tensor:
-    """Return one picture, uint8 [channels, *size]. Raises UserError that names the file if it cannot be read as such."""
+    """Return one picture, uint8 [channels, *size]. Raises UserError that names the file if that is impossible."""
     from PIL import Image
 
     try:
@@ -71,18 +71,19 @@ def read_folder(folder: Path, input_size: tuple[int, int, int] | None) -> tuple[
     classes = listings["train"].classes
     for part, listing in listings.items():
         if listing.classes != classes:
-            raise UserError(f"{folder}: train and {part} have different classes: {_difference(classes, listing.classes)}",
+            raise UserError(f"{folder}: train and {part} differ in classes: {_difference(classes, listing.classes)}",
                             "both need the same class folders")
     if "test" not in listings and "val" in listings:
         listings["test"] = listings.pop("val")
     channels, native = _look(listings["train"].files)
     if input_size is None:
-        side = (DEFAULT_SIDE, DEFAULT_SIDE)
-        input_size = channels, *(native if native and max(native) <= DEFAULT_SIDE else side)
+        size = native if native and max(native) <= DEFAULT_SIDE else (DEFAULT_SIDE, DEFAULT_SIDE)
     elif channels == 3 and input_size[0] == 1:
         raise no_colour(str(folder), 1)
-    size = input_size[1:]
-    stored = input_size[0], *stored_size(native, size)
+    else:
+        channels, size = input_size[0], input_size[1:]
+    height, width = stored_size(native, size)
+    stored = channels, height, width
     return {part: _lazy(listing, stored, size) for part, listing in listings.items()}, classes
 
 

@@ -1,4 +1,4 @@
-"""What counts as an image: layouts, value ranges, sizes. Everything leaves here as uint8 or as float32 in [0,1], channels first."""
+"""What counts as an image: layout, range, size. All leave here channels first, as uint8 or as float32 in [0,1]."""
 from __future__ import annotations
 
 from typing import Any
@@ -12,7 +12,8 @@ from robustify.errors import UserError
 
 Size = tuple[int, int]
 
-# Pictures above this side lose their border on the way to the network, as on ImageNet: resize to 256, keep the middle 224.
+# Larger pictures lose their border on the way to a network that takes more than this side, as on ImageNet: resized to
+# 256, the middle 224 kept. Smaller pictures are read into memory.
 SMALL_SIDE = 64
 KEPT_MIDDLE = 0.875
 ROUNDING = 1e-4  # resizing and decoding overshoot [0,1] by this much at most; more is another unit
@@ -36,7 +37,7 @@ def nchw(images: Any, what: str) -> Tensor:
 
 
 def chw(image: Any, what: str) -> Tensor:
-    """Return one image [C,H,W], uint8 or float32 in [0,1], from a tensor, an array or a PIL picture. Raises UserError."""
+    """Return one image [C,H,W], uint8 or float32 in [0,1], of a tensor, an array or a PIL picture. Raises UserError."""
     if hasattr(image, "convert"):  # a PIL picture, without importing PIL
         image = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
     return nchw(_tensor(image, what)[None], what)[0]
@@ -70,7 +71,7 @@ def _unit_range(x: Tensor, what: str) -> Tensor:
 
 
 def with_channels(x: Tensor, channels: int, what: str) -> Tensor:
-    """Return x [N,C,H,W] with that many channels: grey becomes colour without a copy. Raises UserError for the reverse."""
+    """Return x [N,C,H,W] with that many channels: grey becomes colour, without a copy; UserError for the reverse."""
     if x.shape[1] == channels:
         return x
     if x.shape[1] == 1 and channels == 3:

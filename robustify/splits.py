@@ -53,7 +53,7 @@ class Resident:
 
 
 class Pictures(Protocol):
-    """Pictures by index, each uint8 or float32 in [0,1], all of one shape [C,h,w]. Raises UserError for a broken one."""
+    """Pictures by index, uint8 or float32 in [0,1], all of one shape [C,h,w]. Raises UserError for a broken one."""
 
     def __getitem__(self, index: int, /) -> Tensor: ...
 
@@ -141,7 +141,7 @@ def batches(split: Split, index_lists: Iterable[Indices], device: torch.device |
 
 
 class _Reader(Dataset):
-    """Whole batches by their indices. A UserError is handed over, for a loader's worker would bury it in a traceback."""
+    """Whole batches by their indices. A UserError is handed over: a loader's worker would bury it in a traceback."""
 
     def __init__(self, split: Split) -> None:
         self.split = split
@@ -154,7 +154,7 @@ class _Reader(Dataset):
 
 
 def resident(split: Lazy, threads: int = 1, progress: Progress | None = None) -> Resident:
-    """Read all pictures into memory. progress(done, total) is called now and then. Raises UserError for a broken one."""
+    """Read all pictures into memory, calling progress(done, total) on the way. Raises UserError for a broken one."""
     images = torch.empty((len(split), *split.stored), dtype=split.raw([0]).dtype)
 
     def fill(indices: range) -> int:
