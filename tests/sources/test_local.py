@@ -1,0 +1,107 @@
+"""Folders in timm's layout: what is in them is used, what is wrong with them is named."""
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from source_folders import write_folder
+
+from robustify import sources
+from robustify.errors import UserError
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def test_loads_exactly(digits_folder):
+    edit(digits_folder, robustness={"base_model": "someone/net", "dataset": "digits", "threat": "Linf:8/255"})
+    checkpoint = sources.load(str(digits_folder))
+    net = timm.create_model("robustify_digits_cnn").eval()
+    net.load_state_dict(load_file(digits_folder / "model.safetensors"))
+    x = torch.rand(4, 1, 8, 8)
+    assert torch.equal(checkpoint.model(x), net((x - 0.5) / 0.25))
+    assert (checkpoint.input_size, checkpoint.num_classes, checkpoint.license) == ((1, 8, 8), 10, None)
+    assert (checkpoint.base_id, checkpoint.dataset, checkpoint.threat) == ("someone/net", "digits", "Linf:8/255")
+    again = timm.create_model(checkpoint.arch, num_classes=10, **checkpoint.arch_args)
+    again.load_state_dict(checkpoint.model.net.state_dict())
+
+
+def test_prefix_run_folder_and_new_classes(digits_folder, tmp_path):
+    shutil.copytree(digits_folder, tmp_path / "run" / "model")
+    assert sources.load(f"local-dir:{digits_folder}").base_id == "digits-cnn"
+    assert sources.load(str(tmp_path / "run")).num_classes == 10
+    checkpoint = sources.load(str(digits_folder), num_classes=3)
+    assert checkpoint.model(torch.rand(2, 1, 8, 8)).shape == (2, 3)
+    assert (checkpoint.num_classes, checkpoint.pretrained) == (3, False)
+
+
+def test_model_args_and_license(tmp_path):
+    cfg = {"input_size": [1, 32, 32], "mean": [0.4], "std": [0.2], "license": "mit"}
+    folder = write_folder(tmp_path / "net", "resnet10t", 5, {"input_size": [3, 32, 32]})
+    net = timm.create_model("resnet10t", num_classes=5, in_chans=1)
+    save_file(net.state_dict(), folder / "model.safetensors")
+    edit(folder, model_args={"in_chans": 1}, pretrained_cfg=cfg)
+    checkpoint = sources.load(str(folder))
+    assert (checkpoint.arch_args, checkpoint.license, checkpoint.input_size) == ({"in_chans": 1}, "mit", (1, 32, 32))
+    assert checkpoint.model(torch.rand(2, 1, 32, 32)).shape == (2, 5)
+    edit(folder, model_args={"nonsense": 1})
+    with pytest.raises(UserError, match="cannot be built with the arguments"):
+        sources.load(str(folder))
+
+
+def test_without_a_description_the_architectures_own_holds(digits_folder):
+    edit(digits_folder, pretrained_cfg=None)
+    checkpoint = sources.load(str(digits_folder))
+    assert (checkpoint.input_size, checkpoint.model.normalises) == ((1, 8, 8), False)
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"architecture": "custom"}, "class of your own"),
+    ({"architecture": "robustify_digit_cnn"}, "Did you mean robustify_digits_cnn"),
+    ({"architecture": None}, "names no architecture"),
+    ({"num_classes": "ten"}, "how many classes"),
+    ({"num_classes": 7}, "another shape .fc.weight: .10, 64. instead of .7, 64."),
+    ({"pretrained_cfg": 3}, "must be objects"),
+])
+def test_config_mistakes(digits_folder, changes, said):
+    edit(digits_folder, **changes)
+    with pytest.raises(UserError, match=said):
+        sources.load(str(digits_folder))
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("config.json", b"<html>404</html>", "is a web page"),
+    ("config.json", b"{", "is not JSON"),
+    ("model.safetensors", b"<html>404</html>", "is a web page"),
+    ("model.safetensors", None, "model.safetensors does not exist"),
+    ("config.json", None, "no model folder"),
+])
+def test_broken_folders(digits_folder, name, content, said):
+    if content is None:
+        (digits_folder / name).unlink()
+    else:
+        (digits_folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        sources.load(str(digits_folder))
+
+
+def test_truncated_weights(digits_folder):
+    path = digits_folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        sources.load(str(digits_folder))
+
+
+def test_missing_key(digits_folder):
+    state = load_file(digits_folder / "model.safetensors")
+    del state["fc.bias"]
+    save_file(state, digits_folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"missing \(fc.bias\)"):
+        sources.load(str(digits_folder))

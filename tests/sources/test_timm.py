@@ -1,0 +1,83 @@
+"""timm's models, their files served from a cache of the hub that the test fills."""
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from source_folders import write_folder
+
+from robustify import sources
+from robustify.errors import UserError
+
+NAME = "test_vit.r160_in1k"
+
+
+def hub_folder(tmp_path, repo):
+    """A folder of the hub's cache: what huggingface_hub finds without a network."""
+    root = tmp_path / "hub" / f"models--{repo.replace('/', '--')}"
+    commit = "0" * 40
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(commit)
+    return root / "snapshots" / commit
+
+
+@pytest.fixture
+def cached(tmp_path):
+    net = timm.create_model(NAME, pretrained=False).eval()
+    folder = hub_folder(tmp_path, f"timm/{NAME}")
+    folder.mkdir(parents=True)
+    save_file(net.state_dict(), folder / "model.safetensors")
+    return net
+
+
+@pytest.mark.parametrize("source", [NAME, f"timm:{NAME}", "test_vit", f"timm/{NAME}"])
+def test_pretrained(cached, source):
+    checkpoint = sources.load(source)
+    x = torch.rand(2, *checkpoint.input_size)
+    mean, std = (torch.tensor(cached.default_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+    assert torch.allclose(checkpoint.model(x), cached((x - mean) / std), atol=1e-5)
+    assert (checkpoint.arch, checkpoint.base_id, checkpoint.dataset) == ("test_vit", f"timm/{NAME}", "imagenet")
+    assert checkpoint.license == cached.default_cfg.get("license")
+    assert "state_dict" not in checkpoint.model.net.pretrained_cfg
+    assert not checkpoint.model.training
+    timm.create_model(checkpoint.arch, num_classes=1000).load_state_dict(checkpoint.model.net.state_dict())
+
+
+def test_new_classifier(cached):
+    checkpoint = sources.load(NAME, num_classes=7)
+    assert checkpoint.model(torch.rand(1, *checkpoint.input_size)).shape == (1, 7)
+    assert (checkpoint.num_classes, checkpoint.pretrained) == (7, False)
+    assert torch.equal(checkpoint.model.net.pos_embed, cached.pos_embed)
+    timm.create_model("test_vit", num_classes=7).load_state_dict(checkpoint.model.net.state_dict())
+
+
+def test_random_weights_need_no_network():
+    checkpoint = sources.load("resnet10t", pretrained=False, num_classes=10)
+    assert (checkpoint.base_id, checkpoint.license, checkpoint.dataset) == ("resnet10t", None, None)
+    assert not checkpoint.pretrained
+
+
+def test_offline(tmp_path):
+    with pytest.raises(UserError, match=f"of timm/{NAME} is not on this machine") as error:
+        sources.load(NAME)
+    assert "--set model.pretrained=false" in error.value.hint
+    with pytest.raises(UserError, match="of someone/net is not on this machine"):
+        sources.load("hf-hub:someone/net")
+
+
+def test_hub_folder(tmp_path):
+    folder = hub_folder(tmp_path, "someone/net")
+    write_folder(folder, "test_vit", 5, {"input_size": [3, 160, 160], "license": "apache-2.0"})
+    checkpoint = sources.load("hf-hub:someone/net")
+    assert (checkpoint.base_id, checkpoint.num_classes, checkpoint.license) == ("someone/net", 5, "apache-2.0")
+
+
+@pytest.mark.parametrize(("source", "said"), [
+    ("timm:resnet5O", "has no model 'resnet5O'. Did you mean resnet50"),
+    ("resnet18.imaginary", "no weights 'imaginary' for resnet18"),
+    ("timm:", "names no model"),
+])
+def test_wrong_names(source, said):
+    with pytest.raises(UserError, match=said):
+        sources.load(source)

@@ -1,0 +1,80 @@
+"""Registration with timm: after `import robustify`, without importing anything heavy."""
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from packaging.version import Version
+from safetensors.torch import save_file
+
+from robustify import registry
+from robustify.errors import UserError
+from robustify.nets import DigitsCNN
+
+registry.install()
+R18 = "robustbench_cifar10_linf_sehwag2021proxy_r18"
+
+
+@pytest.mark.parametrize("order", ["robustify-first", "timm-first"])
+def test_a_fresh_process(order):
+    lines = ["import sys", "from robustify import registry; registry.install(); registry.install()", "import timm"]
+    if order == "timm-first":
+        lines = [lines[0], lines[2], lines[1]]
+    lines += [
+        "assert timm.is_model('robustify_digits_cnn') and len(timm.list_models('robustbench_*')) == 206",
+        "assert 'robustbench' not in sys.modules",
+        "timm.create_model('robustify_digits_cnn')",
+        "assert 'robustbench' not in sys.modules",
+    ]
+    result = subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, capture_output=True, text=True)
+    assert "Overwriting" not in result.stderr
+
+
+def test_digits_network():
+    net = timm.create_model("robustify_digits_cnn", num_classes=4)
+    assert isinstance(net, DigitsCNN)
+    assert 30_000 < sum(p.numel() for p in net.parameters()) < 80_000
+    x = torch.rand(2, 1, 8, 8)
+    assert net(x).shape == (2, 4)
+    assert net.get_classifier() is net.fc
+    assert net.forward_head(net.forward_features(x), pre_logits=True).shape == (2, net.num_features)
+    net.reset_classifier(6)
+    assert (net(x).shape, net.num_classes) == ((2, 6), 6)
+    assert net.default_cfg["input_size"] == (1, 8, 8)
+    assert timm.create_model("robustify_digits_cnn", in_chans=3)(torch.rand(2, 3, 8, 8)).shape == (2, 10)
+
+
+def test_robustbench_architecture():
+    net = timm.create_model(R18, num_classes=10)
+    assert (net.num_classes, net.default_cfg["mean"], net.default_cfg["std"]) == (10, (0.0,) * 3, (1.0,) * 3)
+    assert torch.equal(copy.deepcopy(net).linear.weight, pickle.loads(pickle.dumps(net)).linear.weight)
+    for options in ({"num_classes": 7}, {"in_chans": 1}):
+        with pytest.raises(UserError, match="cannot be built for"):
+            timm.create_model(R18, **options)
+
+
+def test_names_are_valid_for_timm():
+    names = timm.list_models("robustbench_*")
+    assert all(name == name.lower() and name.isidentifier() and timm.is_model(name) for name in names)
+
+
+@pytest.mark.parametrize(("arch", "size"), [("robustify_digits_cnn", (1, 8, 8)), (R18, (3, 32, 32))])
+def test_exported_folders_reload_with_timm(tmp_path, arch, size):
+    net = timm.create_model(arch, num_classes=10).eval()
+    weights = tmp_path / "model.safetensors"
+    save_file(net.state_dict(), weights)
+    cfg = {"input_size": list(size), "mean": [0.0] * size[0], "std": [1.0] * size[0], "num_classes": 10}
+    config = {"architecture": arch, "num_classes": 10, "pretrained_cfg": cfg, "robustness": {"method": "trades"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    x = torch.rand(2, *size)
+    again = [timm.create_model(arch, num_classes=10, checkpoint_path=str(weights))]
+    if Version(timm.__version__) >= Version("1.0.15"):
+        again.append(timm.create_model(f"local-dir:{tmp_path}", pretrained=True))
+    for model in again:
+        assert torch.equal(model.eval()(x), net(x))
