@@ -31,21 +31,21 @@ def install() -> None:
 def register() -> None:
     """Register the digits network and every architecture of RobustBench whose weights are published. Imports timm."""
     from robustify.nets import DigitsCNN, default_cfg
-    from robustify.sources import robustbench
+    from robustify.sources import published
 
     _add(DIGITS, DigitsCNN, default_cfg)
-    register_robustbench(robustbench.published())
+    register_robustbench(published.rows())
 
 
 def register_robustbench(rows: Iterable[dict[str, Any]]) -> None:
     """Register the architectures of these rows (id, dataset, threat), built by RobustBench when they are asked for."""
-    from robustify.sources import robustbench
+    from robustify.sources import published
 
     for row in rows:
         if row.get("weights", True):
-            classes, size = robustbench.CLASSES[row["dataset"]], robustbench.input_size(row)
+            classes, size = published.CLASSES[row["dataset"]], published.input_size(row)
             cfg = {"input_size": size, "num_classes": classes, "mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_pct": 1.0}
-            _add(robustbench.arch_name(row), _builder(row, classes), cfg)
+            _add(published.arch_name(row), _builder(row, classes), cfg)
 
 
 def _builder(row: dict[str, Any], classes: int) -> Callable[..., nn.Module]:

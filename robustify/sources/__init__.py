@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from robustify.errors import UserError, nearest
-from robustify.sources import local, robustbench, timm
+from robustify.sources import local, published, robustbench, timm
 from robustify.sources.checkpoint import Checkpoint
 
 __all__ = ["SOURCES", "Checkpoint", "ModelInfo", "load", "names"]
@@ -86,7 +86,7 @@ def _resolve(
         return lambda **options: local.load(Path(source), **options)
     if source == DIGITS:
         return lambda **options: local.load(_digits(), base_id=DIGITS, **options)
-    found = robustbench.find(source, dataset, threat, robustbench.published())
+    found = published.find(source, dataset, threat, published.rows())
     if found is None and timm.exists(source.removeprefix("timm/")):
         return lambda **options: timm.load(source, **options)
     if found is None and (colon or "/" in source or Path(source).exists()):
@@ -97,14 +97,14 @@ def _resolve(
 
 def _robustbench(
     name: str, dataset: str | None, threat: str | None, others: Iterable[str] = ()
-) -> robustbench.Row:
+) -> published.Row:
     """Return RobustBench's entry of this name, or of the only one that starts so. Raises UserError.
 
     others: names that may have been meant too.
     """
-    rows = robustbench.published()
-    row = robustbench.find(name, dataset, threat, rows) or robustbench.find_prefix(name, dataset, threat, rows)
-    row = row or robustbench.find(name, dataset, threat, robustbench.unlisted())
+    rows = published.rows()
+    row = published.find(name, dataset, threat, rows) or published.find_prefix(name, dataset, threat, rows)
+    row = row or published.find(name, dataset, threat, robustbench.unlisted())
     if row is None:
         narrowed = " ".join(word for word in (dataset, threat) if word)
         message = f"no model is called {name!r}" + (f" for {narrowed}" if narrowed else "")
@@ -140,7 +140,7 @@ def names(
         found = timm.pretrained_names(query.removeprefix("timm:"))
         return [ModelInfo(id=f"timm:{name}", source="timm", architecture=name.split(".")[0]) for name in found]
     found = [ModelInfo(id=DIGITS, source="local-dir", dataset=DIGITS, architecture="DigitsCNN", file=_digits())]
-    for row in robustbench.published():
+    for row in published.rows():
         if row.get("weights", True):
             robust = row.get("autoattack_acc", row.get("corruptions_acc"))
             found.append(ModelInfo(

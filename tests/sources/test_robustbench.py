@@ -14,11 +14,11 @@ from source_folders import shake
 
 from robustify import sources
 from robustify.errors import UserError
-from robustify.sources import robustbench
+from robustify.sources import published, robustbench
 
 
 def row(name, dataset="cifar10", threat="Linf"):
-    found = robustbench.find(name, dataset, threat, robustbench.published())
+    found = published.find(name, dataset, threat, published.rows())
     assert found is not None
     return found
 
@@ -32,7 +32,7 @@ def put(folder: Path, entry, stored, suffix=".pt") -> Path:
 
 def network(entry) -> torch.nn.Module:
     torch.manual_seed(0)
-    net = robustbench.build(entry, robustbench.CLASSES[entry["dataset"]]).eval()
+    net = robustbench.build(entry, published.CLASSES[entry["dataset"]]).eval()
     shake(net)
     return net
 
@@ -121,8 +121,8 @@ def test_constants_move_with_the_network():
 def test_every_published_id_is_in_the_table_or_marked():
     assert robustbench.unlisted() == []
     table = {d.value: {t.value: names for t, names in threats.items()} for d, threats in robustbench._table().items()}
-    for entry in robustbench.published():
-        dataset, threat, name = robustbench.key(entry)
+    for entry in published.rows():
+        dataset, threat, name = published.key(entry)
         assert (name in table[dataset][threat]) == entry.get("weights", True)
 
 

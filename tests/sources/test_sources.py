@@ -8,7 +8,7 @@ import pytest
 
 from robustify import sources
 from robustify.errors import UserError
-from robustify.sources import robustbench
+from robustify.sources import published
 
 
 def chosen(name, dataset=None, threat=None):
@@ -56,8 +56,8 @@ def test_a_folder_goes_before_a_name(monkeypatch, digits_folder):
 
 
 def test_an_entry_that_our_list_lacks(monkeypatch):
-    rows = [r for r in robustbench.published() if r["id"] != "Sehwag2021Proxy_R18"]
-    monkeypatch.setattr(robustbench, "published", lambda: rows)
+    rows = [r for r in published.rows() if r["id"] != "Sehwag2021Proxy_R18"]
+    monkeypatch.setattr(published, "rows", lambda: rows)
     assert sources.load("Sehwag2021Proxy_R18", threat="Linf", pretrained=False).published is None
 
 
