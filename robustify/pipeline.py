@@ -27,7 +27,7 @@ from robustify.export import export
 from robustify.modes import borrowed
 from robustify.pixels import PixelModel
 from robustify.recipe import Recipe, build
-from robustify.report import Report, environment, load_pair, save_pair, version_of
+from robustify.report import Report, environment, save_pair
 from robustify.sources import Checkpoint
 from robustify.sources import load as load_source
 from robustify.threat import ThreatModel
@@ -314,7 +314,20 @@ def _export(
     folder: Path, recipe: Recipe, checkpoint: Checkpoint, model: PixelModel, data: Data, reports: tuple[Report, Report],
     outcome: Outcome, command: str,
 ) -> None:
-    raise NotImplementedError
+    """model/ in timm's layout, with its card; the card comes last, so a folder with one is whole."""
+    n = min(64, len(data.test))
+    x, _ = data.test.batch(range(n))
+    names = data.class_names or ()
+    after = reports[1]
+    export(
+        checkpoint, model, folder / "model",
+        robustness={"threat": recipe.threat.spec, "method": recipe.method.name, "recipe": recipe.digest, "report": after.digest()},
+        metadata={"threat": recipe.threat.spec, "recipe": recipe.digest}, verify_batch=x, class_names=names, force=True,
+    )
+    write_card(
+        folder / "model", name=folder.resolve().name, checkpoint=checkpoint, recipe=recipe.to_dict(), digest=recipe.digest,
+        command=command, before=reports[0], after=after, class_names=names, seconds=outcome.seconds,
+    )
 
 
 def _open_folder(folder: Path, recipe: Recipe, resume: str, force: bool) -> Path | None:
@@ -325,7 +338,7 @@ def _open_folder(folder: Path, recipe: Recipe, resume: str, force: bool) -> Path
             raise UserError(f"no checkpoint in {resume}", "give the folder of an unfinished run, or --resume never")
         _same_recipe(Path(resume), recipe)
         return found
-    unfinished = (folder / "recipe.yaml").exists() and not (folder / "model").exists()
+    unfinished = (folder / "recipe.yaml").exists() and not (folder / "model" / "README.md").exists()
     if resume == "auto" and unfinished and not force:
         _same_recipe(folder, recipe)
         return checkpoints.latest(folder / "checkpoints")

@@ -30,7 +30,8 @@ class Wasserstein(Settings):
     beta: weight of the consistency term. steps, step_ratio: inner ascent, step step_ratio * delta_i / steps.
     budget_loss: whose gradient norms split the budget. inner_loss: what the ascent climbs.
     cap: largest delta_i in units of delta (None: no cap). Gradient norms of redlr are heavy-tailed; the cap keeps single
-    images from taking most of the budget, and leaves part of it unspent.
+    images from taking most of the budget, and leaves part of it unspent (the log's mean_cost says how much). On the digits
+    network it raised W-PGD accuracy by 9 points over no cap (docs/results.md).
     upsilon: how Upsilon is kept current (sensitivity.UpsilonTracker); upsilon_images: images per measurement, or length of
     the window (None: the whole training set); upsilon_every, upsilon_rho: steps between measurements, rate of the average.
     """
@@ -41,7 +42,7 @@ class Wasserstein(Settings):
     step_ratio: float = Field(2.0, gt=0)
     budget_loss: Literal["redlr", "ce", "dlr"] = "redlr"
     inner_loss: Literal["kl", "redlr", "ce"] = "kl"
-    cap: float | None = Field(None, ge=1)
+    cap: float | None = Field(3.0, ge=1)
     upsilon: UpsilonRule = "window"
     upsilon_images: int | None = Field(2048, ge=32)
     upsilon_every: int = Field(100, ge=1)

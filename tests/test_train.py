@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import tiny_net, toy_data
+from torch import nn
+
+from robustify import layers
+from robustify.data import from_tensors
+from robustify.distributed import make_accelerator
+from robustify.errors import UserError
+from robustify.evaluation import counted
+from robustify.events import Collapsed, EpochEnd, StepEnd
+from robustify.methods import FastAt, PgdAt, Standard, Trades, Wasserstein
+from robustify.pipeline import follow
+from robustify.pixels import PixelModel
+from robustify.recipe import TrainSettings
+from robustify.threat import ThreatModel
+from robustify.train import prepare, set_train_mode, take_step, train
+
+
+def data(n=96):
+    return from_tensors(toy_data(n), toy_data(64, seed=1), toy_data(64, seed=2))
+
+
+def setup_for(method, threat="Linf:8/255", net=None, **settings):
+    model = PixelModel(net or tiny_net())
+    s = TrainSettings(**{"epochs": 2, "batch_size": 32, "lr": 0.05, "probe_images": 32, **settings})
+    layers.select(model.net, s.layers, ["6"])
+    return prepare(model, method, ThreatModel.parse(threat), s, make_accelerator(s.precision), "none", 96)
+
+
+def run(setup, folder, **more):
+    events = []
+    outcome = follow(train(setup, data(), folder, **more), events.append)
+    return outcome, events
+
+
+@pytest.mark.parametrize(
+    ("method", "threat"),
+    [(Wasserstein(steps=2), "W2-Linf:8/255"), (Trades(steps=2), "L2:0.5"), (PgdAt(steps=2), "L1:2"), (FastAt(), "L2:0.5"), (Standard(), "Linf:8/255")],
+    ids=lambda v: getattr(v, "name", v),
+)
+def test_every_method_learns(method, threat, tmp_path):
+    setup = setup_for(method, threat, epochs=6)
+    outcome, events = run(setup, tmp_path)
+    epochs = [e for e in events if isinstance(e, EpochEnd)]
+    assert len(epochs) == 7
+    assert epochs[-1].losses["total"] < epochs[1].losses["total"]
+    assert outcome.steps == 18 == sum(isinstance(e, StepEnd) for e in events)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "lr" in line] == list(range(1, 19))
+    if method.distributional:
+        assert {"upsilon", "upsilon_se", "mean_cost", "zero_share", "largest_delta"} <= set(epochs[-1].extra)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_one_does_not(tmp_path):
+    weights = []
+    for i, seed in enumerate((0, 0, 1)):
+        setup = setup_for(Wasserstein(steps=2), "W2-Linf:8/255", seed=seed)
+        (tmp_path / str(i)).mkdir()
+        run(setup, tmp_path / str(i))
+        weights.append(setup.model.net[0].weight.detach().clone())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("rule", ["epoch", "every", "ema", "window"])
+def test_a_stopped_run_continues_bit_for_bit(rule, tmp_path):
+    method = Wasserstein(steps=2, upsilon=rule, upsilon_every=2, upsilon_images=48)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    kwargs = {"ema": 0.9, "checkpoint_steps": 2, "momentum": 0.9}
+    whole = setup_for(method, "W2-Linf:8/255", **kwargs)
+    run(whole, tmp_path / "a")
+    stopped = train(setup_for(method, "W2-Linf:8/255", **kwargs), data(), tmp_path / "b")
+    for event in stopped:
+        if isinstance(event, StepEnd) and event.step == 3:  # one step past a checkpoint in mid-epoch
+            break
+    stopped.close()
+    (checkpoint,) = (tmp_path / "b" / "checkpoints").iterdir()
+    assert checkpoint.name == "step-00000002"
+    continued = setup_for(method, "W2-Linf:8/255", **kwargs)
+    run(continued, tmp_path / "b", resume=checkpoint)
+    for a, b in zip(whole.model.state_dict().values(), continued.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    drop = {"seconds", "rate"}
+    lines = [
+        [{k: v for k, v in json.loads(line).items() if k not in drop} for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("a", "b")
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_accumulation_is_the_same_step_with_frozen_statistics(tmp_path):
+    weights = []
+    for parts in (1, 4):
+        net = tiny_net().double()
+        net[3].p = 0.0
+        setup = setup_for(Standard(), net=net, accumulate=parts, batchnorm="frozen")
+        set_train_mode(setup)
+        x, y = toy_data(32)
+        chunk = 32 // parts
+        take_step(setup, iter([(x[i:i + chunk].double(), y[i:i + chunk]) for i in range(0, 32, chunk)]), 0)
+        weights.append(net[0].weight.detach().clone())
+    assert torch.allclose(weights[0], weights[1], rtol=1e-12, atol=1e-14)
+
+
+def test_last_layer_training_leaves_everything_else_alone(tmp_path):
+    net = tiny_net()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    run(setup_for(Trades(steps=2), net=net, layers="last"), tmp_path)
+    changed = {k for k, v in net.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"6.weight", "6.bias"}
+
+
+def test_not_a_number_stops_at_once_with_the_facts(tmp_path):
+    setup = setup_for(Standard(), lr=1e30 if False else 50.0, epochs=1)
+
+    class Exploding(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net, self.calls = net, 0
+
+        def forward(self, x):
+            self.calls += self.training
+            return self.net(x) * (math.nan if self.calls > 2 else 1.0)
+
+    setup.model.net = Exploding(setup.model.net)
+    with pytest.raises(UserError) as error:
+        run(setup, tmp_path)
+    for said in ("not a number at step 3", "learning rate", "largest weight", "--set train.lr="):
+        assert said in str(error.value)
+
+
+def test_collapse_is_named_and_rolled_back(tmp_path, monkeypatch):
+    from robustify import train as loop
+
+    scores = iter([0.1, 0.5, 0.55, 0.2, 0.6])
+    monkeypatch.setattr(loop, "_probe", lambda *_: (0.9, next(scores), "probe"))
+    kept = {}
+    plain = loop._save_best
+
+    def spy(setup, folder):
+        kept["weight"] = setup.model.net[0].weight.detach().clone()
+        plain(setup, folder)
+
+    monkeypatch.setattr(loop, "_save_best", spy)
+    setup = setup_for(FastAt(), epochs=5)
+    outcome, events = run(setup, tmp_path)
+    (collapse,) = [e for e in events if isinstance(e, Collapsed)]
+    assert (collapse.epoch, collapse.best_epoch, outcome.best_epoch, outcome.collapsed) == (3, 2, 2, True)
+    assert torch.equal(setup.model.net[0].weight, kept["weight"])
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path):
+    with pytest.raises(UserError, match="larger than the 96 training images"):
+        run(setup_for(Standard(), batch_size=128), tmp_path)
+
+
+@pytest.mark.parametrize("method", [Trades(steps=3), PgdAt(steps=3), FastAt(), Wasserstein(steps=3)], ids=lambda m: m.name)
+def test_a_step_spends_the_passes_it_says_and_no_weight_gradient_in_the_attack(method):
+    threat = "W2-Linf:8/255" if method.distributional else "Linf:8/255"
+    setup = setup_for(method, threat)
+    if setup.tracker:
+        setup.tracker.measure(torch.ones(96), 96)
+    set_train_mode(setup)
+    x, y = toy_data(32)
+    with counted(setup.model) as passes:
+        take_step(setup, iter([(x, y)]), 0)
+    assert passes.forward / 32 == pytest.approx(
+        (method.passes(0, 0)), abs=1e-9
+    )
+
+
+def test_bf16_searches_on_a_shadow_and_its_gradient_is_that_of_full_precision():
+    """Cosine of the parameter gradient of a bf16 step to that of the fp32 step, the same images and noise."""
+    found = {}
+    for precision in ("no", "bf16"):
+        net = tiny_net(seed=3)
+        net[3].p = 0.0
+        setup = setup_for(Trades(steps=5), net=net, precision=precision, lr=1e-9)
+        set_train_mode(setup)
+        setup.optimizer.zero_grad = lambda *_, **__: None  # keep the gradients to look at
+        take_step(setup, iter([toy_data(32)]), 0)
+        found[precision] = torch.cat([w.grad.float().flatten() for w in setup.model.parameters()])
+        assert (setup.shadow is not None) == (precision == "bf16")
+        assert next(setup.model.parameters()).dtype == torch.float32
+    cosine = nn.functional.cosine_similarity(found["no"], found["bf16"], dim=0)
+    assert cosine > 0.99
+
+
+def test_the_average_of_weights_is_what_is_kept(tmp_path):
+    setup = setup_for(Standard(), ema=0.5, epochs=1)
+    run(setup, tmp_path)
+    assert torch.equal(setup.model.net[6].weight, setup.ema.module.net[6].weight)
+
+
+def test_fp16_without_a_gpu_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match="bf16"):
+        make_accelerator("fp16")
