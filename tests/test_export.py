@@ -13,10 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from robustify import export as exports
 from robustify import files
 from robustify.errors import UserError
-from robustify.export import export
+from robustify.export import export, unwrap
 from robustify.pixels import PixelModel
 from robustify.sources.checkpoint import Checkpoint
 from robustify.threat import ThreatModel
@@ -232,6 +231,6 @@ def test_a_kill_before_the_swap_leaves_the_older_folder(tmp_path, monkeypatch):
 
 
 def test_unwrap_takes_only_a_pixel_model(tmp_path):
-    assert isinstance(exports.unwrap(nn.DataParallel(Tied())), Tied)
+    assert isinstance(unwrap(nn.DataParallel(Tied())), Tied)
     with pytest.raises(TypeError, match="PixelModel"):
         save(custom(Tied()), tmp_path / "out", Tied())

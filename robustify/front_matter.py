@@ -1,0 +1,89 @@
+"""The head of a model card, which the Hugging Face hub reads. What is not known is left out: nothing is guessed."""
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from robustify.report import Headline, Report, Row, plain
+from robustify.sources.checkpoint import Checkpoint
+
+HUB_DATASETS = {
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+    "imagenet": "ILSVRC/imagenet-1k",
+    "mnist": "ylecun/mnist",
+}
+# identifiers that the hub accepts; other licenses go by `other` and their name
+HUB_LICENSES = {
+    *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "agpl-3.0", "lgpl-3.0", "mpl-2.0"),
+    *("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "openrail"),
+}
+HUB_ID = re.compile(r"^\w[\w.-]*/[\w.-]+$")  # OWNER/NAME; the names of other sources have a colon, no slash, or several
+
+
+def front_matter(name: str, checkpoint: Checkpoint, method: str, after: Report) -> str:
+    """Return the YAML between the card's two lines of dashes. name: of the model; after: what model-index lists."""
+    data = dataset_name(after)
+    facts: dict[str, Any] = {}
+    if checkpoint.license:
+        known = checkpoint.license.lower()
+        facts = {"license": known} if known in HUB_LICENSES else {"license": "other", "license_name": known}
+    if HUB_ID.match(checkpoint.base_id):
+        facts |= {"base_model": checkpoint.base_id, "base_model_relation": "finetune"}
+    card = ModelCardData(
+        library_name="pytorch" if checkpoint.arch == "custom" else "timm",
+        pipeline_tag="image-classification",
+        datasets=[HUB_DATASETS[data]] if data in HUB_DATASETS else None,
+        metrics=["accuracy"],
+        tags=["image-classification", "adversarial-robustness", "robustify", method],
+        model_name=name,
+        eval_results=_results(after),
+        **facts,
+    )
+    return card.to_yaml().strip()
+
+
+def dataset_name(report: Report) -> str:
+    """The data set's name without its digest, and without the folders of the one who ran it."""
+    kind, _, path = report.data.split(" (")[0].partition(":")
+    return Path(path).name if path else kind
+
+
+def attack_name(row: Row) -> str:
+    """`PGD`, or `PGD (steps=50)` for a row that names its settings to tell it from another."""
+    name, _, settings = row.attack.partition(":")
+    shown = {"clean": "Clean", "autoattack": "AutoAttack"}.get(name, name.upper())
+    return f"{shown} ({settings})" if settings else shown
+
+
+def _results(after: Report) -> list[EvalResult]:
+    """One result per row, then one per worst case: shares to four digits, like the card's per cents."""
+    data = dataset_name(after)
+
+    def result(label: str, row: Row | Headline, arguments: dict[str, Any]) -> EvalResult:
+        return EvalResult(
+            task_type="image-classification",
+            task_name="Image Classification",
+            dataset_type=HUB_DATASETS.get(data, data),
+            dataset_name=data,
+            dataset_split=after.split,
+            metric_type="accuracy",
+            metric_value=round(row.accuracy, 4),
+            metric_name=f"{label} accuracy{_radius(row.threat)}",
+            metric_args=plain({**arguments, "n": row.n}),
+        )
+
+    rows = [result(attack_name(r), r, {"attack": r.attack, "threat": r.threat, **r.settings}) for r in after.rows]
+    worst = [h for h in map(after.headline, after.threats) if len(h.attacks) > 1]
+    return rows + [result("Worst-case", h, {"attacks": h.attacks, "threat": h.threat}) for h in worst]
+
+
+def _radius(threat: str | None) -> str:
+    """` (Linf, eps=8/255)`, as leaderboards write it."""
+    if threat is None:
+        return ""
+    norm, _, radius = threat.rpartition(":")
+    return f" ({norm}, {'delta' if norm.startswith('W') else 'eps'}={radius})"
