@@ -15,7 +15,7 @@ from robustify.images import chw, fit, nchw, stored_size, with_channels
 from robustify.splits import Lazy, Resident, Split
 
 InputSize = tuple[int, int, int]
-NPZ_KEYS = "x_train, y_train, x_test, y_test (x_val, y_val if you like), or x, y"
+NPZ_KEYS = "x_train, y_train, x_test, y_test (and x_val, y_val), or x, y alone"
 
 
 def read_npz(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -23,14 +23,16 @@ def read_npz(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     if not path.is_file():
         raise UserError(f"no file {path}", f"an npz file holds {NPZ_KEYS}")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("one array alone")
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise ValueError("it holds one array alone")
+        with file:
             arrays = dict(file)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise UserError(f"cannot read {path} as an npz file: {error}", f"it holds {NPZ_KEYS}; no objects") from None
-    keys = {"train": ("x", "y")} if "x_train" not in arrays and "x" in arrays else \
-        {part: (f"x_{part}", f"y_{part}") for part in ("train", "val", "test")}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read {path} as an npz file: {error}", f"it holds {NPZ_KEYS}, and no objects") from None
+    keys = {part: (f"x_{part}", f"y_{part}") for part in ("train", "val", "test")}
+    if "x_train" not in arrays and "x" in arrays:
+        keys["train"] = "x", "y"
     wanted = {part: pair for part, pair in keys.items() if part == "train" or any(key in arrays for key in pair)}
     missing = [key for pair in wanted.values() for key in pair if key not in arrays]
     if missing:

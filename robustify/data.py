@@ -25,6 +25,7 @@ NAMES = "digits, cifar10, cifar100, folder:PATH, npz:PATH"
 TEST_FRACTION = 0.2  # held out where the source has no test set
 FEWEST = 4  # images in any split that we hold out
 MEMORY = 2 * 2**30  # bytes of pictures that are read into memory at most
+COLOUR, GREY = "crop-flip", "shift"  # grey images are often digits or letters, which a flip would turn into others
 TEST_SEED = 0  # which images are the test set never depends on the run's seed
 
 
@@ -118,21 +119,21 @@ def _digits(name: str, root: Path, input_size: InputSize | None) -> Source:
     found: Any = load_digits()
     images = torch.from_numpy(found.images).float() / 16
     split = pair_split(images, found.target, name, input_size)
-    return Source(name, {"train": split}, "shift", [str(digit) for digit in range(10)], test_fraction=0.25)
+    return Source(name, {"train": split}, GREY, [str(digit) for digit in range(10)], test_fraction=0.25)
 
 
 def _cifar(name: str, root: Path, input_size: InputSize | None) -> Source:
     train, test = read_cifar(name, root)
     splits: dict[str, Split] = {part: pair_split(found.data, found.targets, name, input_size)
                                 for part, found in (("train", train), ("test", test))}
-    return Source(name, splits, "crop-flip", list(train.classes))
+    return Source(name, splits, COLOUR, list(train.classes))
 
 
 def _folder(_: str, path: Path, input_size: InputSize | None) -> Source:
-    splits, classes = read_folder(path, input_size)
+    splits, classes, grey = read_folder(path, input_size)
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # the folder's name only: where it lies is nobody's business on a model card
-    return Source(path.resolve().name, dict(splits), "crop-flip", classes, threads=threads)
+    return Source(path.resolve().name, dict(splits), GREY if grey else COLOUR, classes, threads=threads)
 
 
 def _npz(_: str, path: Path, input_size: InputSize | None) -> Source:
@@ -146,9 +147,8 @@ READERS: dict[str, Callable[[str, Path, InputSize | None], Source]] = {
 
 
 def _usual(train: Split) -> str:
-    """Grey images are often digits or letters, which a flip would turn into others."""
     made_colour = isinstance(train, Resident) and train.images.stride(1) == 0
-    return "shift" if made_colour or train.shape[0] == 1 else "crop-flip"
+    return GREY if made_colour or train.shape[0] == 1 else COLOUR
 
 
 def _assemble(source: Source, val_fraction: float, seed: int, limit: int | None, progress: Progress | None) -> Data:

@@ -59,8 +59,8 @@ def decode(path: Path, channels: int, size: Size) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def read_folder(folder: Path, input_size: tuple[int, int, int] | None) -> tuple[dict[str, Lazy], list[str]]:
-    """Return the splits that the folder has ("train" always, perhaps "val" and "test") and the class names.
+def read_folder(folder: Path, input_size: tuple[int, int, int] | None) -> tuple[dict[str, Lazy], list[str], bool]:
+    """Return the splits that the folder has ("train", perhaps "val", "test"), the class names, whether all is grey.
 
     input_size: (C, H, W) of the batches; None takes it from the pictures. val/ without test/ is the test set.
     Raises UserError for a layout that cannot be read.
@@ -76,15 +76,16 @@ def read_folder(folder: Path, input_size: tuple[int, int, int] | None) -> tuple[
     if "test" not in listings and "val" in listings:
         listings["test"] = listings.pop("val")
     channels, native = _look(listings["train"].files)
+    grey = channels == 1
     if input_size is None:
         size = native if native and max(native) <= DEFAULT_SIDE else (DEFAULT_SIDE, DEFAULT_SIDE)
-    elif channels == 3 and input_size[0] == 1:
+    elif not grey and input_size[0] == 1:
         raise no_colour(str(folder), 1)
     else:
         channels, size = input_size[0], input_size[1:]
     height, width = stored_size(native, size)
     stored = channels, height, width
-    return {part: _lazy(listing, stored, size) for part, listing in listings.items()}, classes
+    return {part: _lazy(listing, stored, size) for part, listing in listings.items()}, classes, grey
 
 
 def _lazy(listing: Listing, stored: tuple[int, int, int], size: Size) -> Lazy:
