@@ -61,7 +61,7 @@ def render(
     """Return the card's text: YAML front matter, and the section between the two markers.
 
     name: of the model. checkpoint: the base. recipe: resolved, with `method.name` and `threat`; digest: its own.
-    command: what was typed. seconds: spent in training, None when unknown. path: of the folder, None when it is the name.
+    command: what was typed. seconds: spent in training, None when unknown. path: of the folder, if not the name.
     """
     method = str(recipe["method"]["name"])
     headlines = [after.headline(threat) for threat in after.threats]
