@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from robustify.errors import UserError
@@ -69,6 +69,13 @@ class World:
     def wait(self) -> None:
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def copy_from_main(self, model: nn.Module) -> None:
+        """Give every process the main process's weights and statistics."""
+        if self.size > 1:
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.copy_(broadcast(tensor.clone()))  # pyright: ignore[reportArgumentType]
 
     @torch.no_grad()
     def average_buffers(self, model: nn.Module) -> None:

@@ -266,7 +266,9 @@ def train(
 
     metrics.close()
     world.wait()
-    setup.model.net.load_state_dict(load_file(str(folder / "best.safetensors"), device=str(setup.accelerator.device)))
+    if world.is_main:  # the other processes may be on machines that do not see the folder
+        setup.model.net.load_state_dict(load_file(str(folder / "best.safetensors")))
+    world.copy_from_main(setup.model.net)
     return Outcome(state.step, s.epochs, state.best, state.best_epoch, state.collapsed, state.seconds)
 
 

@@ -83,7 +83,11 @@ def _directions(
 
 @torch.no_grad()
 def _right(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
-    return torch.cat([model(x[i:i + batch_size]).argmax(1) == y[i:i + batch_size] for i in range(0, len(x), batch_size)])
+    right = torch.empty(len(x), dtype=torch.bool, device=x.device)  # a process may have no images at all
+    for i in range(0, len(x), batch_size):
+        rows = slice(i, i + batch_size)
+        right[rows] = model(x[rows]).argmax(1) == y[rows]
+    return right
 
 
 def _into_ball(d: Tensor, threat: ThreatModel, p: float, mean: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,0 +1,70 @@
+"""Trains and evaluates a toy network on this process's share and writes what it got; started by test_processes.py."""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import tiny_net, toy_data
+
+from robustify import layers
+from robustify.data import from_tensors
+from robustify.distributed import World, make_accelerator
+from robustify.evaluation import evaluate
+from robustify.methods import Wasserstein
+from robustify.pipeline import follow
+from robustify.pixels import PixelModel
+from robustify.recipe import TrainSettings
+from robustify.threat import ThreatModel
+from robustify.train import prepare, train
+
+
+class Recorder(Wasserstein):
+    """Keeps the perturbations of every step."""
+
+    def perturb(self, nets, x, y, threat, draws, tracker):
+        x_adv = super().perturb(nets, x, y, threat, draws, tracker)
+        SEEN.append((x_adv - x).detach().clone())
+        return x_adv
+
+
+SEEN: list[torch.Tensor] = []
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    accelerator = make_accelerator()
+    world = World(accelerator)
+    net = tiny_net().double()
+    net[3].p = 0.0
+    model = PixelModel(net)
+    double = lambda pair: (pair[0].double(), pair[1])  # noqa: E731
+    data = from_tensors(double(toy_data(96)), double(toy_data(64, seed=1)), double(toy_data(61, seed=2)))
+    settings = TrainSettings(epochs=2, batch_size=24, lr=0.05, probe_images=32, batchnorm="frozen")
+    layers.select(model.net, "full", [])
+    setup = prepare(
+        model, Recorder(steps=2, upsilon="window", upsilon_images=50), ThreatModel.parse("W2-Linf:8/255"), settings, accelerator, "crop-flip", 96
+    )
+    assert next(setup.model.parameters()).dtype == torch.float64
+    out.mkdir(exist_ok=True)
+    follow(train(setup, data, out), lambda event: None)
+    report = evaluate(
+        model, data.test, ["pgd:steps=3,restarts=2", "w-pgd:steps=3"], ThreatModel.parse("W2-Linf:8/255"), batch_size=16, world=world
+    )
+    # a world of three batches for two processes, and one with fewer batches than processes
+    tiny = evaluate(model, data.test, ["fgsm"], ThreatModel.parse("Linf:8/255"), n=5, batch_size=16, world=world)
+    torch.save(
+        {
+            "weights": {k: v.clone() for k, v in net.state_dict().items()}, "upsilon": setup.tracker.value,
+            "perturbations": SEEN, "digest": report.digest(), "tiny": tiny.digest(),
+            "verdicts": {k: torch.from_numpy(v) for k, v in report.verdicts.items()}, "passes": [r.passes for r in report.rows],
+        },
+        out / f"rank{world.rank}.pt",
+    )
+    world.wait()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
