@@ -1,0 +1,4 @@
+"""`python -m robustify` is `robustify`."""
+from robustify.cli import main
+
+main()

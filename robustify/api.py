@@ -1,0 +1,181 @@
+"""The public load, evaluate and export: they take a model and data in whatever form people have them."""
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from robustify import data as datasets
+from robustify import files, sources
+from robustify.arrays import split_of
+from robustify.attacks import AttackSpec
+from robustify.data import Data
+from robustify.distributed import World
+from robustify.errors import UserError
+from robustify.evaluation import evaluate as measure
+from robustify.events import Listener, Progress
+from robustify.export import CONFIG, WEIGHTS
+from robustify.export import export as write_model
+from robustify.modes import borrowed
+from robustify.pixels import PixelModel
+from robustify.recipe import DEFAULT_RADIUS, EvalSettings
+from robustify.report import Report
+from robustify.sources import Checkpoint
+from robustify.sources.local import is_model
+from robustify.splits import Split
+from robustify.threat import ThreatModel
+
+Model = Checkpoint | nn.Module | str | Path
+Threats = str | ThreatModel | Sequence[str | ThreatModel]
+SPLITS = ("test", "val", "train")
+DEFAULT_ATTACKS: tuple[str, ...] = EvalSettings.model_fields["attacks"].default
+
+
+def load(
+    source: str | Path, *, dataset: str | None = None, threat: str | None = None, num_classes: int | None = None,
+    models_dir: str | Path | None = None, pretrained: bool = True, allow_pickle: bool = False,
+) -> Checkpoint:
+    """Return the Checkpoint that `source` names: `.model` maps images in [0,1] to logits. Raises UserError.
+
+    source: a folder (timm's layout, or a run's), a RobustBench name, a timm name, `digits`; `robustify.sources` lists the
+    forms. dataset, threat: which RobustBench entry, where a name has several. num_classes: another number than the model's
+    own puts a new classifier in. models_dir: the folder of RobustBench's weight files.
+    """
+    return sources.load(
+        str(source), dataset=dataset, threat=threat, num_classes=num_classes, pretrained=pretrained, allow_pickle=allow_pickle,
+        models_dir=Path(models_dir) if models_dir else None,
+    )
+
+
+def evaluate(
+    model: Model,
+    data: Any,
+    *,
+    attacks: Sequence[str] | None = None,
+    threat: Threats = DEFAULT_RADIUS,
+    n: int | None = None,
+    split: str = "test",
+    batch_size: int = 256,
+    seed: int = 0,
+    mean: Sequence[float] = (0.0,),
+    std: Sequence[float] = (1.0,),
+    model_id: str | None = None,
+    world: World | None = None,
+    listener: Listener | None = None,
+) -> Report:
+    """Measure clean accuracy and what the model holds against each attack under each threat. Returns a Report.
+
+    model: a network whose input is [0,1], or normalised with `mean` and `std`; a Checkpoint; or a source, as for `load`. It
+    is evaluated on the device it is on, a source on the GPU where there is one, and comes back as it was.
+    data: a Data; a pair (x, y), a Dataset or a Split, all of which is the test set; or a name, such as cifar10.
+    attacks: clean, or `pgd:steps=50,restarts=5`; by default clean, FGSM, PGD and W-PGD, as far as the norm allows.
+    threat: one or several, `Linf:8/255`, `W2-Linf:8/255`. n: images, drawn by the seed; None for all. split: of a Data or
+    a name: test, val or train; of a name, the seed also says which images are held out for val.
+    Raises UserError for what the user can mend.
+    """
+    pixel_model, checkpoint = _pixel_model(model, mean, std)
+    threats = [ThreatModel.parse(t) for t in ([threat] if isinstance(threat, str | ThreatModel) else threat)]
+    images, name, classes = _images(data, split, checkpoint, seed, listener)
+    if checkpoint and classes and classes != checkpoint.num_classes:
+        raise UserError(
+            f"{checkpoint.base_id} has {checkpoint.num_classes} classes, {name} has {classes}", "take data of the same classes"
+        )
+    _takes(pixel_model, images)
+    tell = None
+    if listener is not None:
+        def tell(stage: str, done: int, total: int) -> None:
+            listener(Progress(stage, done, total))
+
+    return measure(
+        pixel_model, images, attacks if attacks is not None else _fitting(DEFAULT_ATTACKS, threats), threats, n=n,
+        batch_size=batch_size, seed=seed, world=world, tell=tell, data_name=name, split_name=split,
+        model_id=model_id or (checkpoint.base_id if checkpoint else type(pixel_model.net).__name__),
+    )
+
+
+def export(
+    model: Checkpoint | str | Path, folder: str | Path, *, models_dir: str | Path | None = None, allow_pickle: bool = False,
+    force: bool = False,
+) -> Path:
+    """Write a model into a new folder in timm's layout, read it back and compare; return the folder's absolute path.
+
+    model: a Checkpoint, or a source as for `load`. Of a run or a model folder the class names, the facts about its
+    hardening and its card (README.md) go along. Raises UserError when the model does not survive, when `folder` holds
+    something and `force` is false, and when the disk is full.
+    """
+    checkpoint = model if isinstance(model, Checkpoint) else load(model, models_dir=models_dir, allow_pickle=allow_pickle)
+    origin = None if isinstance(model, Checkpoint) else _folder(Path(model).expanduser())
+    config: dict[str, Any] = {}
+    head: dict[str, str] = {}
+    if origin is not None:
+        config = json.loads((origin / CONFIG).read_text(encoding="utf8"))
+        if (origin / WEIGHTS).is_file():
+            with safe_open(origin / WEIGHTS, "pt") as opened:  # pyright: ignore[reportGeneralTypeIssues]
+                head = opened.metadata() or {}
+    images = torch.rand(4, *checkpoint.input_size, generator=torch.Generator().manual_seed(0))
+    target = write_model(
+        checkpoint, checkpoint.model, folder, verify_batch=images, metadata=head, force=force,
+        class_names=config.get("label_names") or (), robustness=config.get("robustness") or {},
+    )
+    if origin is not None and (origin / "README.md").is_file():
+        files.write_bytes(target / "README.md", (origin / "README.md").read_bytes())
+    return target
+
+
+def _folder(path: Path) -> Path | None:
+    """The folder with the config.json, which a run keeps in model/; None when it is no folder of a model."""
+    if not is_model(path):
+        return None
+    return path if (path / CONFIG).is_file() else path / "model"
+
+
+def _pixel_model(model: Model, mean: Sequence[float], std: Sequence[float]) -> tuple[PixelModel, Checkpoint | None]:
+    if isinstance(model, nn.Module):
+        return (model if isinstance(model, PixelModel) else PixelModel(model, mean, std)), None
+    if isinstance(model, Checkpoint):
+        return model.model, model
+    checkpoint = load(model)
+    if torch.cuda.is_available():
+        checkpoint.model.to("cuda")
+    return checkpoint.model, checkpoint
+
+
+def _images(
+    data: Any, split: str, checkpoint: Checkpoint | None, seed: int, listener: Listener | None
+) -> tuple[Split, str, int | None]:
+    """Return (the images, the data's name, its number of classes where known)."""
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}", f"splits: {', '.join(SPLITS)}")
+    size = checkpoint.input_size if checkpoint else None
+    if isinstance(data, str | Path):
+        def progress(done: int, total: int) -> None:
+            if listener is not None:
+                listener(Progress("reading the data", done, total))
+
+        data = datasets.load(str(data), seed=seed, input_size=size, progress=progress)
+    if isinstance(data, Data):
+        return getattr(data, split), f"{data.name} ({data.digest})", data.num_classes
+    images = split_of(data, "the data", size)
+    return images, f"tensors ({datasets.digest(images)})", None
+
+
+def _takes(model: PixelModel, images: Split) -> None:
+    """Raise UserError unless the model takes images of this shape."""
+    x, _ = images.batch([0])
+    device = next((w.device for w in model.parameters()), torch.device("cpu"))
+    try:
+        with borrowed(model), torch.no_grad():
+            model(x.to(device))
+    except RuntimeError as error:
+        raise UserError(f"the model does not take images of shape {tuple(x.shape[1:])}: {error}") from None
+
+
+def _fitting(attacks: Sequence[str], threats: Sequence[ThreatModel]) -> list[str]:
+    """Those of the attacks that know the norms of all threats."""
+    infos = {name: AttackSpec.parse(name).info for name in attacks if name != "clean"}
+    return [name for name in attacks if name == "clean" or all(t.norm in infos[name].norms for t in threats)]

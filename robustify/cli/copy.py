@@ -1,0 +1,33 @@
+"""robustify copy: a recipe to edit."""
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from robustify import console, files, shelf
+from robustify.cli.options import Force
+from robustify.errors import UserError
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name of `robustify ls recipes`, or a file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to; a folder keeps the recipe's name.")],
+    force: Force = False,
+) -> None:
+    """Copy a recipe to a file, to edit and run it.
+
+    \b
+    robustify copy quickstart mine.yaml
+    """
+    text = shelf.text(recipe)
+    target = file / f"{Path(recipe).stem}.yaml" if file.is_dir() else file
+    if target.suffix not in (".yaml", ".yml"):
+        raise UserError(f"a recipe's file ends in .yaml, not {target.name!r}", f"take {target.with_suffix('.yaml')}")
+    if target.exists() and not force:
+        raise UserError(f"{target} exists", "--force replaces it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(target, text)
+    console.result(f"next: robustify finetune {shlex.quote(str(target))}")

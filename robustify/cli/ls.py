@@ -1,0 +1,123 @@
+"""robustify ls: what there is to choose from."""
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from robustify import console, shelf
+from robustify.cli.options import AsJson, ModelsDir
+from robustify.errors import UserError
+
+DATA = {
+    "digits": "1797 grey images of 8 x 8 pixels, 10 classes; comes with scikit-learn",
+    "cifar10": "60000 colour images of 32 x 32 pixels, 10 classes; fetched once",
+    "cifar100": "60000 colour images of 32 x 32 pixels, 100 classes; fetched once",
+    "folder:PATH": "one folder a class, perhaps inside train, val and test",
+    "npz:PATH": "arrays x_train, y_train, perhaps x_val, y_val, x_test, y_test",
+}
+Lines = list[dict[str, Any]]
+
+
+class What(str, Enum):
+    models = "models"
+    methods = "methods"
+    attacks = "attacks"
+    recipes = "recipes"
+    data = "data"
+
+
+def run(
+    what: Annotated[What, typer.Argument(metavar="WHAT", help="models, methods, attacks, recipes or data.")],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="Part of the name; timm:PART lists timm's models.")] = "",
+    dataset: Annotated[str | None, typer.Option("--dataset", metavar="NAME", help="Models of this data set only.")] = None,
+    threat: Annotated[
+        str | None, typer.Option("--threat", metavar="NORM", help="Models against this threat only: Linf, L2, corruptions.")
+    ] = None,
+    models_dir: ModelsDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """List models, methods, attacks, recipes or data sets.
+
+    \b
+    robustify ls models Wang --dataset cifar10 --threat Linf
+    robustify ls attacks
+    """
+    if what is What.models:
+        lines = _models(query, dataset, threat, models_dir)
+    else:
+        found = {What.methods: _methods, What.attacks: _attacks, What.recipes: _recipes, What.data: _data}[what]()
+        lines = [line for line in found if query.lower() in line["name"].lower()]
+    if as_json:
+        console.result_json(lines)
+        return
+    if not lines:
+        raise UserError(f"no {what.value} with {query!r} in the name", f"robustify ls {what.value} lists all")
+    console.table([{key: _cell(value) for key, value in line.items()} for line in lines])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ",".join(f"{key}={setting}" for key, setting in value.items())
+    return "" if value is None else str(value)
+
+
+def _models(query: str, dataset: str | None, threat: str | None, models_dir: Path | None) -> Lines:
+    with console.status("reading the lists"):
+        from robustify import sources
+
+        return [
+            {
+                "name": info.id, "data": info.dataset, "threat": info.threat, "architecture": info.architecture,
+                "published clean %": info.clean_acc, "published robust %": info.robust_acc, "extra data": info.additional_data,
+                "file here": info.file is not None,
+            }
+            for info in sources.names(query, dataset, threat, models_dir)
+        ]
+
+
+def _methods() -> Lines:
+    with console.status("loading torch"):
+        from robustify.methods import METHODS
+    return [
+        {
+            "name": name,
+            "threat": "none" if not method.adversarial else "distributional" if method.distributional else "pointwise",
+            "norms": " ".join(method.norms), "about": method.summary, "paper": method.paper,
+            "settings": {key: field.default for key, field in method.model_fields.items() if key != "name"},
+        }
+        for name, method in METHODS.items()
+    ]
+
+
+def _attacks() -> Lines:
+    with console.status("loading torch"):
+        from robustify.attacks import ATTACKS, options
+    return [
+        {
+            "name": name, "threat": "distributional" if info.distributional else "pointwise", "norms": " ".join(info.norms),
+            "about": info.summary, "paper": info.paper, "settings": options(name),
+        }
+        for name, info in ATTACKS.items()
+    ]
+
+
+def _recipes() -> Lines:
+    return [_recipe(name, shelf.text(name)) for name in shelf.names()]
+
+
+def _recipe(name: str, text: str) -> dict[str, Any]:
+    values = yaml.safe_load(text)
+    about = next((line.lstrip("# ") for line in text.splitlines() if line.startswith("#")), "")
+    chosen = {key: value.get(inner) if isinstance(value := values.get(key), dict) else value
+              for key, inner in (("model", "source"), ("data", "name"), ("method", "name"))}
+    return {"name": name, **chosen, "threat": values.get("threat"), "about": about}
+
+
+def _data() -> Lines:
+    return [{"name": name, "about": about} for name, about in DATA.items()]

@@ -1,0 +1,220 @@
+"""What people see. Results go to stdout: a table on a terminal, tab-separated lines in a pipe, JSON for scripts. Progress,
+notes and errors go to stderr. Of several processes only the main one speaks."""
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from types import TracebackType
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from robustify.events import Collapsed, EpochEnd, Event, Exported, Measured, Note, Planned, Progress, StepEnd
+from robustify.report import Report, percent, plain
+
+Item = TypeVar("Item")
+EVERY = 5.0  # seconds between two lines of progress where there is no terminal
+
+
+def is_main() -> bool:
+    """Whether this process is the one that speaks."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))
+
+
+def quiet_libraries() -> None:
+    """Silence what other libraries say to their developers, unless Python was told otherwise."""
+    if not sys.warnoptions:
+        for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+            warnings.simplefilter("ignore", category)
+
+
+def result(text: str) -> None:
+    """Print a line of the result on stdout."""
+    if is_main():
+        print(text, flush=True)
+
+
+def result_json(value: Any) -> None:
+    """Print the whole result on stdout as JSON."""
+    result(json.dumps(plain(value), indent=2, ensure_ascii=False))
+
+
+def table(rows: Sequence[Mapping[str, str]], header: bool = True) -> None:
+    """Print rows of equal keys on stdout: aligned on a terminal, separated by tabs elsewhere."""
+    if not rows or not is_main():
+        return
+    if not sys.stdout.isatty():
+        lines = ([list(rows[0])] if header else []) + [list(row.values()) for row in rows]
+        print("\n".join("\t".join(" ".join(cell.split()) for cell in line) for line in lines), flush=True)
+        return
+    shown = Table(box=None, pad_edge=False, show_header=header, header_style="bold")
+    for key in rows[0]:
+        numeric = all(row[key][:1] in "-+.0123456789[" for row in rows)
+        shown.add_column(key, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*(cell.replace("[", r"\[") for cell in row.values()))
+    _out().print(shown)
+
+
+def facts(values: Mapping[str, Any]) -> None:
+    """Print names and values on stdout, one pair a line."""
+    table([{"name": name, "value": "" if value is None else str(value)} for name, value in values.items()], header=False)
+
+
+def note(text: str, style: str = "") -> None:
+    """Print a line on stderr."""
+    if not is_main():
+        return
+    sys.stdout.flush()
+    if sys.stderr.isatty():
+        _err().print(text, style=style, soft_wrap=True)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def mistake(message: str, hint: str = "") -> None:
+    """Print what is wrong and what would do, on stderr."""
+    note(f"error: {message}", "red")
+    if hint:
+        note(f"hint: {hint}")
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """Show a line while the block runs, on a terminal only: for the seconds in which libraries load."""
+    if not (is_main() and sys.stderr.isatty()):
+        yield
+        return
+    with _err().status(text):
+        yield
+
+
+def flush() -> None:
+    """Write what is left. A reader that has gone away, as `head` does, is nobody's mistake."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def duration(seconds: float) -> str:
+    """Return `45 s`, `12 min` or `3.4 h`."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+@cache
+def _out() -> Console:
+    return Console(highlight=False)
+
+
+@cache
+def _err() -> Console:
+    return Console(stderr=True, highlight=False, markup=False)
+
+
+class Watch:
+    """A listener that shows a run on stderr: a bar with rate and remaining time on a terminal, sparse lines elsewhere.
+
+    Use it as a context manager, so that the bar is gone when an error is printed.
+    """
+
+    def __init__(self) -> None:
+        self.live = is_main() and sys.stderr.isatty()
+        self.bar: Bar | None = None
+        self.task: TaskID | None = None
+        self.stage = ""
+        self.began, self.began_at = 0.0, 0
+        self.spoke = -EVERY
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Progress(stage, done, total, detail):
+                self._advance(stage, done, total, detail)
+            case StepEnd():
+                detail = f"epoch {event.epoch}, loss {event.losses['total']:.4g}, {event.rate:.0f} images/s"
+                self._advance("training", event.step, event.steps, detail)
+            case Note(text, level):
+                self._say(f"warning: {text}" if level == "warning" else text, "yellow" if level == "warning" else "")
+            case Planned(values):
+                for name, value in values.items():
+                    self._say(f"{name}: {value}")
+            case EpochEnd():
+                self._say(_epoch(event), "bold" if event.best else "")
+            case Collapsed():
+                self._say(
+                    f"warning: robust accuracy collapsed in epoch {event.epoch}, from {percent(event.best)} to "
+                    f"{percent(event.robust)} (catastrophic overfitting); kept: epoch {event.best_epoch}", "yellow",
+                )
+            case Measured(when, report):
+                self._say(f"{when}: {headlines(report)}")
+            case Exported(path):
+                self._say(f"exported {path}")
+
+    def over(self, items: Iterable[Item], stage: str, total: int) -> Iterator[Item]:
+        """Yield the items, and show how many are done."""
+        for done, item in enumerate(items):
+            self(Progress(stage, done, total))
+            yield item
+
+    def _say(self, text: str, style: str = "") -> None:
+        note(text, style)
+        self.spoke = time.monotonic()
+
+    def _advance(self, stage: str, done: int, total: int, detail: str) -> None:
+        now = time.monotonic()
+        if stage != self.stage or done < self.began_at:
+            self.stage, self.began, self.began_at = stage, now, done
+            if self.bar and self.task is not None:
+                self.bar.remove_task(self.task)
+                self.task = None
+        rate = (done - self.began_at) / max(now - self.began, 1e-9)
+        if self.live:
+            self._draw(done, total, detail or (f"{rate:.3g}/s" if rate else ""))
+        elif now - self.spoke >= EVERY and done < total:
+            left = f"{duration((total - done) / rate)} left" if rate else ""
+            said = [f"{stage} {done}/{total}" if total > 1 else stage, detail, left]
+            self._say(", ".join(part for part in said if part))
+
+    def _draw(self, done: int, total: int, detail: str) -> None:
+        if self.bar is None:
+            columns = (
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"),
+                TimeRemainingColumn(),
+            )
+            self.bar = Bar(*columns, console=_err(), transient=True)
+            self.bar.start()
+        if self.task is None:
+            self.task = self.bar.add_task(self.stage, total=total if total > 1 else None, completed=done, detail=detail)
+        self.bar.update(self.task, completed=done, detail=detail)
+
+
+def headlines(report: Report) -> str:
+    """Return the report's few numbers in one line: clean, and the worst case of each threat."""
+    clean = [f"clean {percent(report.clean.accuracy)}"] if report.clean else []
+    found = [report.headline(threat) for threat in report.threats]
+    robust = [f"{h.threat.replace(':', ' ')} {percent(h.accuracy)}" for h in found]
+    return ", ".join(clean + robust)
+
+
+def _epoch(event: EpochEnd) -> str:
+    when = f"epoch {event.epoch}/{event.epochs}" if event.epoch else "before training"
+    extra = "".join(f", {name} {value:.4g}" for name, value in event.extra.items())
+    best = ", best so far" if event.best else ""
+    held_out = f"clean {percent(event.clean)}, robust {percent(event.robust)} ({event.probe}) of the held-out images"
+    return f"{when}: {held_out}{extra}{best}"

@@ -1,0 +1,27 @@
+"""The recipes that come with robustify, as text. Imports neither torch nor pydantic, so that listing them is instant."""
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from robustify.errors import UserError, nearest
+
+
+def names() -> list[str]:
+    """Names of the recipes that come with robustify."""
+    found = files("robustify.recipes").iterdir()
+    return sorted(entry.name.removesuffix(".yaml") for entry in found if entry.name.endswith(".yaml"))
+
+
+def text(name: str) -> str:
+    """The YAML text of a recipe: a file, or the name of one that comes with robustify. Raises UserError."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise UserError(f"no recipe file {name}", f"recipes that come with robustify: {', '.join(names())}")
+        return path.read_text(encoding="utf8")
+    if name not in names():
+        raise UserError(
+            f"no recipe {name!r}.{nearest(name, names())}", f"recipes: {', '.join(names())}; or the path of a YAML file"
+        )
+    return (files("robustify.recipes") / f"{name}.yaml").read_text(encoding="utf8")
