@@ -5,13 +5,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from robustify import shelf
 from robustify.attacks import AttackSpec
 from robustify.errors import UserError, nearest
 from robustify.methods import METHODS, AnyMethod
@@ -163,25 +162,6 @@ class Resolved:
     origins: Origins
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with robustify."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in files("robustify.recipes").iterdir() if entry.name.endswith(".yaml"))
-
-
-def recipe_text(name: str) -> str:
-    """The YAML text of a recipe: a file, or the name of one that comes with robustify. Raises UserError."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
-            raise UserError(f"no recipe file {name}", f"recipes that come with robustify: {', '.join(recipe_names())}")
-        return path.read_text()
-    if name not in recipe_names():
-        raise UserError(
-            f"no recipe {name!r}.{nearest(name, recipe_names())}", f"recipes: {', '.join(recipe_names())}; or the path of a YAML file"
-        )
-    return (files("robustify.recipes") / f"{name}.yaml").read_text()
-
-
 def resolve(name: str | None = None, flags: Mapping[str, Any] | None = None, settings: Sequence[str] = ()) -> Resolved:
     """Read a recipe and lay the command line over it.
 
@@ -192,7 +172,7 @@ def resolve(name: str | None = None, flags: Mapping[str, Any] | None = None, set
     origins: Origins = {}
     if name:
         try:
-            values = yaml.safe_load(recipe_text(name)) or {}
+            values = yaml.safe_load(shelf.text(name)) or {}
         except yaml.YAMLError as error:
             raise UserError(f"recipe {name} is not valid YAML: {error}") from None
         if not isinstance(values, dict):

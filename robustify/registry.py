@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:  # torch takes seconds too
+    from torch import nn
 
 DIGITS = "robustify_digits_cnn"
 # timm looks up a registered function's description in this variable of the function's module

@@ -21,10 +21,10 @@ KNOWS = {
 }
 # layers from the ground up: a module imports only from its own layer or from those before it
 LAYERS = [
-    {"errors", "rng", "threat", "losses", "pixels", "modes", "gradients", "files"},
+    {"errors", "rng", "threat", "losses", "pixels", "modes", "gradients", "files", "shelf"},
     {"attacks", "sensitivity"},
-    {"methods", "sources", "registry", "nets", "layers", "data", "augment", "splits", "images", "folders", "cifar", "arrays", "report", "verify"},
-    {"recipe", "schedules", "distributed", "events", "checkpoints", "export", "card"},
+    {"methods", "sources", "registry", "nets", "layers", "data", "augment", "splits", "images", "folders", "cifar", "arrays", "report", "verify"},  # what feeds a run
+    {"recipe", "schedules", "distributed", "events", "checkpoints", "export", "card", "front_matter"},
     {"train", "evaluation"},
     {"pipeline"},
     {"api", "console"},

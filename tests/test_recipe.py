@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from robustify import shelf
 from robustify.errors import UserError
-from robustify.recipe import build, recipe_names, recipe_text, resolve
+from robustify.recipe import build, resolve
 
 
 def test_flags_win_over_the_recipe_and_origins_are_told(tmp_path):
@@ -81,8 +82,8 @@ def test_unknown_recipes_and_broken_files(tmp_path):
         resolve(str(tmp_path / "bad.yaml"))
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", shelf.names())
 def test_every_recipe_that_ships_is_valid_and_says_how_to_run_it(name):
     assert resolve(name).recipe.to_yaml()
-    head = [line for line in recipe_text(name).splitlines() if line.startswith("#")]
+    head = [line for line in shelf.text(name).splitlines() if line.startswith("#")]
     assert any(f"robustify finetune {name}" in line for line in head)

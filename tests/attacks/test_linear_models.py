@@ -31,7 +31,7 @@ def test_the_margin_falls_by_eps_times_the_dual_norm(interior, norm, attack):
     assert (norms(x_adv - x, norm) <= eps * (1 + 1e-9)).all()
     already_wrong = model(x).argmax(1) != y  # pgd may stop moving what it has fooled
     wanted = eps * dual_norms(w, norm)
-    share = 0.99 if attack == "pgd" and norm != "Linf" else 1 - 1e-9  # projected steps converge, a sign step arrives
+    share = 0.9 if attack == "pgd" and norm != "Linf" else 1 - 1e-9  # projected steps converge, a sign step arrives
     fooled = model(x_adv).argmax(1) != y
     assert ((gain >= share * wanted) | already_wrong | fooled).all()
     if attack == "fgsm":

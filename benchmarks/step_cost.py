@@ -1,0 +1,154 @@
+"""What a training step costs against the passes it cannot do without.
+
+    python benchmarks/step_cost.py --out docs/step_cost.json
+
+F is one forward pass, Bin and Bw the backward passes to the input and to the weights. Each method's floor is its formula
+(docs/speed.md) in passes that are timed here, plain fp32, in the same run; the step is the real one of robustify.train,
+with augmentation, optimiser and bookkeeping. Everything is timed in turn, round after round, so that a drift of the
+machine's speed meets all alike; ratios of medians are printed. Run it on an idle machine.
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from robustify import data as datasets
+from robustify import layers, sources
+from robustify.data import batches, from_tensors
+from robustify.distributed import World, make_accelerator
+from robustify.losses import ce
+from robustify.methods import FastAt, PgdAt, Trades, Wasserstein
+from robustify.modes import borrowed
+from robustify.pixels import PixelModel
+from robustify.recipe import TrainSettings
+from robustify.report import environment
+from robustify.threat import ThreatModel
+from robustify.train import Setup, _Metrics, prepare, set_train_mode, take_step
+
+
+def setup_for(model: PixelModel, method, precision: str, batch: int) -> Setup:
+    threat = ThreatModel.parse("W2-Linf:8/255" if method.distributional else "Linf:8/255")
+    settings = TrainSettings(batch_size=batch, lr=1e-3, precision=precision)
+    model = copy.deepcopy(model)
+    layers.select(model.net, "full", [])
+    setup = prepare(model, method, threat, settings, make_accelerator(precision), "crop-flip", batch)
+    if setup.tracker:
+        setup.tracker.measure(torch.ones(64), 64)
+    set_train_mode(setup)
+    return setup
+
+
+def passes(model: PixelModel, x: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """The three plain passes, written as simply as torch allows."""
+    train = copy.deepcopy(model).train()
+
+    def forward() -> None:
+        with torch.no_grad(), borrowed(model):
+            model(x)
+
+    def to_input() -> None:
+        with borrowed(model):
+            inp = x.clone().requires_grad_(True)
+            torch.autograd.grad(ce(model(inp), y).sum(), inp)
+
+    def to_weights() -> None:
+        ce(train(x), y).mean().backward()
+        train.zero_grad()
+
+    return {"F": forward, "F+Bin": to_input, "F+Bw": to_weights}
+
+
+def floor(name: str, steps: int, t: dict[str, float]) -> float:
+    f, fin, fw = t["F"], t["F+Bin"], t["F+Bw"]
+    return {
+        "fast-at": fin + fw, "pgd-at": steps * fin + fw, "trades": f + steps * fin + 2 * fw, "wasserstein": (steps + 1) * fin + 2 * fw,
+    }[name]
+
+
+def gradient_cosine(model: PixelModel, method, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """Cosine between the parameter gradients of a bf16 and an fp32 step: same images, same noise, same weights."""
+    found = []
+    for precision in ("no", "bf16"):
+        setup = setup_for(model, method, precision, len(batch[0]))
+        setup.optimizer.zero_grad = lambda *_, **__: None
+        setup.optimizer.step = lambda *_, **__: None
+        take_step(setup, iter([batch]), 0)
+        found.append(torch.cat([w.grad.float().flatten() for w in setup.model.parameters() if w.grad is not None]))
+    return float(nn.functional.cosine_similarity(found[0], found[1], dim=0))
+
+
+def overhead(setup: Setup, x: torch.Tensor, y: torch.Tensor, batch: int) -> float:
+    """Seconds a step spends outside the network: reading the batch, augmenting, writing the log."""
+    from robustify.augment import augment
+    from robustify.rng import Draws
+
+    data = from_tensors(((x * 255).byte(), y), ((x * 255).byte(), y), ((x * 255).byte(), y))
+    with tempfile.TemporaryDirectory() as folder:
+        log = _Metrics(Path(folder) / "metrics.jsonl", None, World())
+        begin = time.perf_counter()
+        for i, (images, _) in enumerate(batches(data.train, [list(range(batch))] * 20, "cpu")):
+            augment(images, "crop-flip", Draws(i))
+            log.write(step=i, epoch=1, lr=0.1, total=1.0, ce=1.0, kl=1.0)
+        took = (time.perf_counter() - begin) / 20
+        log.close()
+    return took
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="as in robustify finetune --model; a trained one, or the cosine means nothing")
+    parser.add_argument("--data", required=True, help="as in robustify finetune --data")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=10, help="K of the iterative attacks")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    checkpoint = sources.load(args.model)
+    model = checkpoint.model
+    data = datasets.load(args.data, input_size=checkpoint.input_size)
+    x, y = data.train.batch(torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[: args.batch].tolist())
+    methods = [FastAt(), PgdAt(steps=args.steps), Trades(steps=args.steps), Wasserstein(steps=args.steps)]
+    todo: dict[str, Callable[[], object]] = passes(model, x, y)
+    for method in methods:
+        for precision in ("no", "bf16"):
+            setup = setup_for(model, method, precision, args.batch)
+            todo[f"{method.name} {precision}"] = lambda setup=setup: take_step(setup, iter([(x, y)]), 0)
+    times: dict[str, list[float]] = {name: [] for name in todo}
+    for round_ in range(args.rounds + 1):
+        for name, work in todo.items():
+            begin = time.perf_counter()
+            work()
+            if round_:  # the first warms up
+                times[name].append(time.perf_counter() - begin)
+        print(f"round {round_} of {args.rounds}", file=sys.stderr, flush=True)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    rows = []
+    for method in methods:
+        low = floor(method.name, args.steps, median)
+        fp32, bf16 = median[f"{method.name} no"], median[f"{method.name} bf16"]
+        cosine = gradient_cosine(model, method, (x, y))
+        rows.append({"method": method.name, "floor_s": low, "fp32_over_floor": fp32 / low, "fp32_over_bf16": fp32 / bf16, "cosine": cosine})
+    extra = overhead(setup_for(model, methods[0], "no", args.batch), x, y, args.batch) / median["fast-at no"]
+    print(f"{args.model}, batch {args.batch}, K = {args.steps}, {args.rounds} rounds, {torch.get_num_threads()} threads")
+    print("F {F:.3f} s, F+Bin {0:.2f} F, F+Bw {1:.2f} F".format(median["F+Bin"] / median["F"], median["F+Bw"] / median["F"], **median))
+    print(f"{'method':12} {'floor s':>8} {'fp32/floor':>11} {'fp32/bf16':>10} {'gradient cosine':>16}")
+    for row in rows:
+        print(f"{row['method']:12} {row['floor_s']:8.2f} {row['fp32_over_floor']:11.3f} {row['fp32_over_bf16']:10.2f} {row['cosine']:16.4f}")
+    print(f"data, augmentation and log: {100 * extra:.2f} % of a fast-at step")
+    if args.out:
+        result = {"settings": vars(args) | {"out": None}, "environment": environment(), "seconds": times, "rows": rows, "overhead_of_fast_at": extra}
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
