@@ -32,7 +32,7 @@ from robustify.sources import Checkpoint
 from robustify.sources import load as load_source
 from robustify.threat import ThreatModel
 from robustify.train import Outcome, prepare, take_step, train
-from robustify.verify import verify
+from robustify.verify import verify as verify_accuracy
 
 VERIFY_IMAGES = 500  # of the test set; a standard error of 1.6 points at 85 %
 
@@ -104,6 +104,7 @@ def harden(
     listener: Listener | None = None,
     attacks: Sequence[str] = ("clean", "fgsm", "pgd", "w-pgd"),
     n: int | None = 1000,
+    verify: bool = True,
     **train_settings: Any,
 ) -> Result:
     """Harden a network in memory. Returns a Result whose `.model` is of the same class; the one given is left as it is.
@@ -111,13 +112,14 @@ def harden(
     model: maps [0,1] images to logits, or images normalised with `mean` and `std`. train_data (val_data, test_data): a
     Data, a Dataset, or a pair of tensors (images in [0,1] or uint8, labels); what is not given is held out of train_data.
     method: a name, or a mapping of its settings with `name`. threat: `W2-Linf:8/255`, `Linf:8/255`; by default the
-    method's. out: run folder to write (None: none is kept). train_settings: as in the recipe's train section: epochs, lr,
+    method's. out: run folder to write (None: none is kept). verify: refuse a model no better than chance, which usually
+    means a wrong normalisation; False for an untrained one. train_settings: as in the recipe's train section: epochs, lr,
     batch_size, layers, precision, seed... Raises UserError like `finetune`.
     """
     listener = listener or (lambda event: None)
     data = train_data if isinstance(train_data, Data) else datasets.from_tensors(train_data, val_data, test_data)
     values: dict[str, Any] = {
-        "model": type(model).__name__, "data": data.name, "method": method, "train": {"epochs": 5, **train_settings},
+        "model": {"source": type(model).__name__, "verify": verify}, "data": data.name, "method": method, "train": {"epochs": 5, **train_settings},
         "eval": {"attacks": list(attacks), "n": n and min(n, len(data.test))},
     }
     if threat is not None:
@@ -230,7 +232,7 @@ def _gate(recipe: Recipe, checkpoint: Checkpoint, data: Data, world: World, tell
         return
     n = min(VERIFY_IMAGES, len(data.test))
     report = evaluate(checkpoint.model, data.test, ["clean"], recipe.threat, n=n, batch_size=recipe.eval.batch_size, world=world)
-    tell(Note(verify(report.rows[0].accuracy, n, checkpoint, recipe.data.name, data.num_classes)))
+    tell(Note(verify_accuracy(report.rows[0].accuracy, n, checkpoint, recipe.data.name, data.num_classes)))
 
 
 def _plan(recipe: Recipe, checkpoint: Checkpoint, data: Data) -> dict[str, Any]:

@@ -11,7 +11,7 @@ MARGIN = 0.01  # differences of preprocessing and precision that mean nothing
 OTHER_DATA = 0.25  # on data it was not trained for a model may lose this much
 CAUSES = (
     "likely causes: the normalisation applied twice or not at all, another order of the classes, the wrong weight file;"
-    " --no-verify goes on regardless"
+    " --no-verify (verify=False in Python) goes on regardless"
 )
 
 

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import tiny_net, toy_data
+from safetensors.torch import load_file
+
+import robustify
+from robustify.data import from_tensors
+from robustify.errors import UserError
+from robustify.events import EpochEnd, Exported, Measured, Planned, StepEnd
+from robustify.pipeline import finetune, harden, memory_explained, plan
+from robustify.recipe import resolve
+from robustify.report import load_pair
+
+QUICK = ["train.epochs=2", "eval.n=100", "eval.attacks=[clean, fgsm]", "train.probe_images=32", "method.steps=2"]
+
+
+def quick(*more, **flags):
+    return resolve("quickstart", flags, [*QUICK, *more]).recipe
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder, events = tmp_path_factory.mktemp("run") / "out", []
+    result = finetune(quick(), folder, command="robustify finetune quickstart", listener=events.append)
+    return folder, events, result
+
+
+def test_a_run_leaves_everything_one_needs(run):
+    folder, events, result = run
+    assert {p.name for p in folder.iterdir()} == {
+        "recipe.yaml", "metrics.jsonl", "environment.json", "report.json", "report.npz", "model",
+    }
+    assert {p.name for p in (folder / "model").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    kinds = [type(e) for e in events]
+    for kind in (Planned, StepEnd, EpochEnd, Measured, Exported):
+        assert kind in kinds
+    before, after = load_pair(folder / "report.json")
+    assert (before.digest(), after.digest()) == tuple(r.digest() for r in result.report)
+    assert before.data == after.data
+
+
+def test_what_was_exported_is_what_was_measured(run):
+    folder, _, result = run
+    checkpoint = robustify.load(str(folder / "model"))
+    x = torch.rand(8, 1, 8, 8)
+    assert torch.equal(checkpoint.model(x), result.pixel_model(x))
+    assert torch.equal(robustify.load(str(folder)).model(x), result.pixel_model(x))
+    # plain timm, after import robustify
+    code = (
+        "import robustify, timm, torch, sys\n"
+        "kw = dict(pretrained=True) if sys.argv[3] == 'dir' else dict(checkpoint_path=sys.argv[1] + '/model.safetensors')\n"
+        "net = timm.create_model('local-dir:' + sys.argv[1] if sys.argv[3] == 'dir' else 'robustify_digits_cnn', **kw).eval()\n"
+        "print(torch.equal(net(torch.load(sys.argv[2])), torch.load(sys.argv[2] + '.y')))"
+    )
+    import timm
+
+    kind = "dir" if tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 15) else "file"
+    torch.save(x, folder.parent / "x")
+    torch.save(result.pixel_model(x), folder.parent / "x.y")
+    command = [sys.executable, "-W", "ignore", "-c", code, str(folder / "model"), str(folder.parent / "x"), kind]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    assert done.stdout.strip() == "True"
+
+
+def test_every_figure_on_the_card_is_in_the_report(run):
+    folder, _, result = run
+    card = (folder / "model" / "README.md").read_text()
+    for row in result.report[1].rows:
+        assert f"{100 * row.accuracy:.2f} %" in card
+    assert "robustify finetune quickstart" in card
+
+
+def test_a_finished_or_foreign_folder_is_never_overwritten(run, tmp_path):
+    folder, _, _ = run
+    weights = (folder / "model" / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="not empty"):
+        finetune(quick(), folder)
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "love.txt").write_text("dear")
+    with pytest.raises(UserError, match="not empty"):
+        finetune(quick(), tmp_path / "letters")
+    assert (folder / "model" / "model.safetensors").read_bytes() == weights
+    assert os.listdir(tmp_path / "letters") == ["love.txt"]
+
+
+def test_an_unfinished_run_of_another_recipe_is_not_continued(tmp_path):
+    def stop(event):
+        if isinstance(event, EpochEnd) and event.epoch == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(quick(), tmp_path / "r", listener=stop)
+    with pytest.raises(UserError, match=r"train.lr: 0.05 -> 0.01"):
+        finetune(quick("train.lr=0.01"), tmp_path / "r")
+    with pytest.raises(UserError, match="no checkpoint"):
+        finetune(quick(), tmp_path / "x", resume=str(tmp_path / "nowhere"))
+
+
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+from robustify.recipe import resolve
+from robustify.pipeline import finetune
+finetune(resolve("quickstart", {}, sys.argv[2:]).recipe, sys.argv[1])
+"""
+
+
+def test_a_run_killed_at_any_moment_ends_bit_identical(tmp_path):
+    """SIGKILL three times, at moments that fall where they fall; the weights and every figure are those of a quiet run."""
+    settings = [*QUICK, "train.epochs=4", "train.checkpoint_steps=5", "train.ema=0.9"]
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path / "quiet"), *settings], env=environment, check=True, timeout=200)
+    killed = tmp_path / "killed"
+    metrics = killed / "metrics.jsonl"
+    for lines in (7, 30, 55):
+        process = subprocess.Popen([*command, str(killed), *settings], env=environment)
+        deadline = time.monotonic() + 100
+        while process.poll() is None and time.monotonic() < deadline:
+            if metrics.exists() and metrics.read_text().count("\n") >= lines:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run([*command, str(killed), *settings], env=environment, check=True, timeout=200)
+    quiet, resumed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("quiet", "killed"))
+    assert all(torch.equal(quiet[key], resumed[key]) for key in quiet)
+    assert (tmp_path / "quiet" / "metrics.jsonl").read_text() == metrics.read_text()
+    a, b = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("quiet", "killed"))
+    assert [a[when]["digest"] for when in ("before", "after")] == [b[when]["digest"] for when in ("before", "after")]
+
+
+def test_harden_gives_back_the_same_class_and_leaves_the_original(tmp_path):
+    net = tiny_net()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    result = harden(
+        net, toy_data(96), test_data=toy_data(64, seed=2), threat="W2-Linf:8/255", method={"name": "wasserstein", "steps": 2},
+        epochs=2, batch_size=32, lr=0.05, probe_images=16, verify=False, attacks=["clean", "fgsm"], out=tmp_path / "run",
+    )
+    assert type(result.model) is type(net)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert not torch.equal(result.model[0].weight, net[0].weight)
+    assert [r.rows[0].n for r in result.report] == [64, 64]
+    again = tiny_net()
+    again.load_state_dict(load_file(tmp_path / "run" / "model" / "model.safetensors"))
+    x = torch.rand(3, 3, 8, 8)
+    assert torch.equal(again.eval()(x), result.model.eval()(x))
+
+
+def test_harden_takes_normalised_models_and_datasets():
+    x, y = toy_data(96)
+    data = torch.utils.data.TensorDataset(x, y)
+    result = harden(
+        tiny_net(), data, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), method="fast-at", threat="L2:0.5", epochs=1, batch_size=16,
+        probe_images=16, attacks=["clean"], layers="last", verify=False,
+    )
+    assert result.folder is None
+    assert result.pixel_model.normalises
+
+
+def test_a_model_that_does_not_fit_the_data_is_refused():
+    with pytest.raises(UserError, match="does not take images of shape"):
+        harden(tiny_net(channels=1), toy_data(96), epochs=1)
+    with pytest.raises(UserError, match="verify=False"):
+        harden(tiny_net(), toy_data(96), epochs=1, batch_size=16)
+    with pytest.raises(UserError, match=r"classes"):
+        harden(tiny_net(classes=3), toy_data(96), epochs=1, batch_size=16)
+
+
+def test_the_class_counts_must_agree():
+    recipe = resolve(None, {"model.source": "robustify_digits_cnn", "data.name": "digits"}, ["model.num_classes=4", "model.pretrained=false"]).recipe
+    with pytest.raises(UserError, match="4 classes, digits has 10"):
+        plan(recipe)
+
+
+def test_a_model_that_is_not_what_it_claims_is_refused_before_anything_is_spent(tmp_path):
+    """Random weights under the headline's name: the clean-accuracy gate must say so, and --no-verify must let it pass."""
+    from robustify.sources import published, robustbench
+
+    folder = tmp_path / "models" / "cifar10" / "Linf"
+    folder.mkdir(parents=True)
+    row = next(r for r in published.rows() if r["id"] == "Sehwag2021Proxy_R18" and r["threat"] == "Linf")
+    torch.manual_seed(0)
+    torch.save(robustbench.build(row, 10, 3).state_dict(), folder / "Sehwag2021Proxy_R18.pt")
+    import numpy as np
+
+    x, y = toy_data(120, classes=10, side=32)
+    pixels = (x * 255).byte().permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "cifar10.npz", x_train=pixels, y_train=y.numpy(), x_test=pixels[:40], y_test=y[:40].numpy())
+    flags = {"model.source": "Sehwag2021Proxy_R18", "model.models_dir": str(tmp_path / "models"), "data.name": f"npz:{tmp_path}/cifar10.npz"}
+    with pytest.raises(UserError) as error:
+        finetune(resolve(None, flags).recipe, tmp_path / "out")
+    assert "--no-verify" in str(error.value)
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    facts = plan(resolve(None, flags, ["model.verify=false", "train.batch_size=8", "method.steps=1"]).recipe)
+    assert facts["model"].endswith("Sehwag2021Proxy_R18")
+
+
+def test_too_little_memory_names_a_smaller_batch():
+    with pytest.raises(UserError, match=r"train.batch_size=32"), memory_explained(quick()):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+    with pytest.raises(RuntimeError, match="something else"), memory_explained(quick()):
+        raise RuntimeError("something else")
+
+
+def test_the_quickstart_hardens_by_more_than_chance_explains(tmp_path):
+    """The promise of the README: intervals before and after do not overlap, for every attack that trains or measures."""
+    recipe = resolve("quickstart").recipe
+    result = finetune(recipe, tmp_path / "run")
+    before, after = result.report
+    for old, new in zip(before.rows, after.rows, strict=True):
+        if old.attack == "clean":
+            assert new.accuracy > old.accuracy - 0.04
+        else:
+            assert new.interval[0] > old.interval[1], old.attack
+
+
+def test_data_objects_pass_through():
+    data = from_tensors(toy_data(64), toy_data(32, seed=1), toy_data(32, seed=2))
+    result = harden(tiny_net(), data, method="standard", epochs=1, batch_size=32, probe_images=16, attacks=["clean"], verify=False)
+    assert result.outcome.steps == 2
+
+
