@@ -3,7 +3,8 @@
     result = robustify.harden(model, (images, labels), threat="Linf:8/255")
     report = robustify.evaluate(result.model, (images, labels), threat="Linf:8/255")
 
-The public names load on first use, so importing the package costs no torch; after it timm knows robustify's architectures.
+The public names load on first use, so that importing the package costs no torch. After it timm knows robustify's
+architectures.
 """
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Importing a submodule binds it to its package; `robustify.export` stays the function whatever has been imported."""
+    """Importing a submodule binds it to its package; `robustify.export` stays the function, whatever was imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):

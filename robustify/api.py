@@ -42,13 +42,12 @@ def load(
 ) -> Checkpoint:
     """Return the Checkpoint that `source` names: `.model` maps images in [0,1] to logits. Raises UserError.
 
-    source: a folder (timm's layout, or a run's), a RobustBench name, a timm name, `digits`; `robustify.sources` lists the
-    forms. dataset, threat: which RobustBench entry, where a name has several. num_classes: another number than the model's
-    own puts a new classifier in. models_dir: the folder of RobustBench's weight files.
+    source: a folder (timm's layout, or a run's), a RobustBench name, a timm name, `digits`; all forms are listed in
+    robustify/sources. The other arguments are those of `sources.load`.
     """
     return sources.load(
-        str(source), dataset=dataset, threat=threat, num_classes=num_classes, pretrained=pretrained, allow_pickle=allow_pickle,
-        models_dir=Path(models_dir) if models_dir else None,
+        str(source), dataset=dataset, threat=threat, num_classes=num_classes, pretrained=pretrained,
+        models_dir=Path(models_dir) if models_dir else None, allow_pickle=allow_pickle,
     )
 
 
@@ -70,25 +69,24 @@ def evaluate(
 ) -> Report:
     """Measure clean accuracy and what the model holds against each attack under each threat. Returns a Report.
 
-    model: a network whose input is [0,1], or normalised with `mean` and `std`; a Checkpoint; or a source, as for `load`. It
-    is evaluated on the device it is on, a source on the GPU where there is one, and comes back as it was.
-    data: a Data; a pair (x, y), a Dataset or a Split, all of which is the test set; or a name, such as cifar10.
-    attacks: clean, or `pgd:steps=50,restarts=5`; by default clean, FGSM, PGD and W-PGD, as far as the norm allows.
-    threat: one or several, `Linf:8/255`, `W2-Linf:8/255`. n: images, drawn by the seed; None for all. split: of a Data or
-    a name: test, val or train; of a name, the seed also says which images are held out for val.
+    model: a network whose input is [0,1], or normalised with `mean` and `std`; a Checkpoint; a source, as for `load`.
+    It is evaluated on the device it is on, a source on the GPU where there is one, and comes back as it was.
+    data: a Data; a pair (x, y), a Dataset or a Split, all of which is taken; a name, such as cifar10.
+    attacks: `clean`, `pgd:steps=50,restarts=5`; by default clean, FGSM, PGD and W-PGD as far as the norms allow.
+    threat: one or several, `Linf:8/255`, `W2-Linf:8/255`. n: images, drawn by the seed; None for all.
+    split: test, val or train, of a Data or a name; of a name, the seed also says which images are held out for val.
     Raises UserError for what the user can mend.
     """
     pixel_model, checkpoint = _pixel_model(model, mean, std)
     threats = [ThreatModel.parse(t) for t in ([threat] if isinstance(threat, str | ThreatModel) else threat)]
     images, name, classes = _images(data, split, checkpoint, seed, listener)
     if checkpoint and classes and classes != checkpoint.num_classes:
-        raise UserError(
-            f"{checkpoint.base_id} has {checkpoint.num_classes} classes, {name} has {classes}", "take data of the same classes"
-        )
+        message = f"{checkpoint.base_id} has {checkpoint.num_classes} classes, {name} has {classes}"
+        raise UserError(message, "take data of the same classes")
     _takes(pixel_model, images)
-    tell = None
-    if listener is not None:
-        def tell(stage: str, done: int, total: int) -> None:
+
+    def tell(stage: str, done: int, total: int) -> None:
+        if listener is not None:
             listener(Progress(stage, done, total))
 
     return measure(
@@ -99,8 +97,8 @@ def evaluate(
 
 
 def export(
-    model: Checkpoint | str | Path, folder: str | Path, *, models_dir: str | Path | None = None, allow_pickle: bool = False,
-    force: bool = False,
+    model: Checkpoint | str | Path, folder: str | Path, *, models_dir: str | Path | None = None,
+    allow_pickle: bool = False, force: bool = False,
 ) -> Path:
     """Write a model into a new folder in timm's layout, read it back and compare; return the folder's absolute path.
 
@@ -108,8 +106,11 @@ def export(
     hardening and its card (README.md) go along. Raises UserError when the model does not survive, when `folder` holds
     something and `force` is false, and when the disk is full.
     """
-    checkpoint = model if isinstance(model, Checkpoint) else load(model, models_dir=models_dir, allow_pickle=allow_pickle)
-    origin = None if isinstance(model, Checkpoint) else _folder(Path(model).expanduser())
+    if isinstance(model, Checkpoint):
+        checkpoint, origin = model, None
+    else:
+        checkpoint = load(model, models_dir=models_dir, allow_pickle=allow_pickle)
+        origin = _folder(Path(str(model).removeprefix("local-dir:")).expanduser())
     config: dict[str, Any] = {}
     head: dict[str, str] = {}
     if origin is not None:
@@ -125,6 +126,13 @@ def export(
     if origin is not None and (origin / "README.md").is_file():
         files.write_bytes(target / "README.md", (origin / "README.md").read_bytes())
     return target
+
+
+def split_named(data: Data, name: str) -> Split:
+    """Return one of the data's splits. Raises UserError for a name that is none."""
+    if name not in SPLITS:
+        raise UserError(f"unknown split {name!r}", f"splits: {', '.join(SPLITS)}")
+    return getattr(data, name)
 
 
 def _folder(path: Path) -> Path | None:
@@ -149,8 +157,6 @@ def _images(
     data: Any, split: str, checkpoint: Checkpoint | None, seed: int, listener: Listener | None
 ) -> tuple[Split, str, int | None]:
     """Return (the images, the data's name, its number of classes where known)."""
-    if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}", f"splits: {', '.join(SPLITS)}")
     size = checkpoint.input_size if checkpoint else None
     if isinstance(data, str | Path):
         def progress(done: int, total: int) -> None:
@@ -159,7 +165,7 @@ def _images(
 
         data = datasets.load(str(data), seed=seed, input_size=size, progress=progress)
     if isinstance(data, Data):
-        return getattr(data, split), f"{data.name} ({data.digest})", data.num_classes
+        return split_named(data, split), f"{data.name} ({data.digest})", data.num_classes
     images = split_of(data, "the data", size)
     return images, f"tensors ({datasets.digest(images)})", None
 

@@ -1,5 +1,5 @@
-"""What people see. Results go to stdout: a table on a terminal, tab-separated lines in a pipe, JSON for scripts. Progress,
-notes and errors go to stderr. Of several processes only the main one speaks."""
+"""What people see. Results go to stdout: a table on a terminal, tab-separated lines in a pipe, JSON for scripts.
+Progress, notes and errors go to stderr. Of several processes only the main one speaks."""
 from __future__ import annotations
 
 import json
@@ -10,11 +10,10 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from types import TracebackType
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
@@ -57,9 +56,9 @@ def table(rows: Sequence[Mapping[str, str]], header: bool = True) -> None:
         print("\n".join("\t".join(" ".join(cell.split()) for cell in line) for line in lines), flush=True)
         return
     shown = Table(box=None, pad_edge=False, show_header=header, header_style="bold")
-    for key in rows[0]:
+    for number, key in enumerate(rows[0]):
         numeric = all(row[key][:1] in "-+.0123456789[" for row in rows)
-        shown.add_column(key, justify="right" if numeric else "left", overflow="fold")
+        shown.add_column(key, justify="right" if numeric else "left", overflow="fold", no_wrap=number == 0)
     for row in rows:
         shown.add_row(*(cell.replace("[", r"\[") for cell in row.values()))
     _out().print(shown)
@@ -67,7 +66,7 @@ def table(rows: Sequence[Mapping[str, str]], header: bool = True) -> None:
 
 def facts(values: Mapping[str, Any]) -> None:
     """Print names and values on stdout, one pair a line."""
-    table([{"name": name, "value": "" if value is None else str(value)} for name, value in values.items()], header=False)
+    table([{"name": name, "value": str(value)} for name, value in values.items() if value is not None], header=False)
 
 
 def note(text: str, style: str = "") -> None:
@@ -75,7 +74,7 @@ def note(text: str, style: str = "") -> None:
     if not is_main():
         return
     sys.stdout.flush()
-    if sys.stderr.isatty():
+    if _err().is_terminal:
         _err().print(text, style=style, soft_wrap=True)
     else:
         print(text, file=sys.stderr, flush=True)
@@ -91,7 +90,7 @@ def mistake(message: str, hint: str = "") -> None:
 @contextmanager
 def status(text: str) -> Iterator[None]:
     """Show a line while the block runs, on a terminal only: for the seconds in which libraries load."""
-    if not (is_main() and sys.stderr.isatty()):
+    if not (is_main() and _err().is_terminal):
         yield
         return
     with _err().status(text):
@@ -108,7 +107,9 @@ def flush() -> None:
 
 def duration(seconds: float) -> str:
     """Return `45 s`, `12 min` or `3.4 h`."""
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 @cache
@@ -128,7 +129,7 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self.live = is_main() and sys.stderr.isatty()
+        self.live = is_main() and _err().is_terminal
         self.bar: Bar | None = None
         self.task: TaskID | None = None
         self.stage = ""
@@ -138,7 +139,7 @@ class Watch:
     def __enter__(self) -> Watch:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.bar:
             self.bar.stop()
 
@@ -153,13 +154,16 @@ class Watch:
                 self._say(f"warning: {text}" if level == "warning" else text, "yellow" if level == "warning" else "")
             case Planned(values):
                 for name, value in values.items():
-                    self._say(f"{name}: {value}")
+                    if value is not None:
+                        self._say(f"{name}: {value}")
             case EpochEnd():
-                self._say(_epoch(event), "bold" if event.best else "")
+                if self.live or self._silent() or event.epoch in (0, event.epochs):
+                    self._say(_epoch(event))
             case Collapsed():
                 self._say(
                     f"warning: robust accuracy collapsed in epoch {event.epoch}, from {percent(event.best)} to "
-                    f"{percent(event.robust)} (catastrophic overfitting); kept: epoch {event.best_epoch}", "yellow",
+                    f"{percent(event.robust)} (catastrophic overfitting); kept: epoch {event.best_epoch}",
+                    "yellow",
                 )
             case Measured(when, report):
                 self._say(f"{when}: {headlines(report)}")
@@ -176,6 +180,10 @@ class Watch:
         note(text, style)
         self.spoke = time.monotonic()
 
+    def _silent(self) -> bool:
+        """Whether it has been long since the last line."""
+        return time.monotonic() - self.spoke >= EVERY
+
     def _advance(self, stage: str, done: int, total: int, detail: str) -> None:
         now = time.monotonic()
         if stage != self.stage or done < self.began_at:
@@ -185,23 +193,22 @@ class Watch:
                 self.task = None
         rate = (done - self.began_at) / max(now - self.began, 1e-9)
         if self.live:
-            self._draw(done, total, detail or (f"{rate:.3g}/s" if rate else ""))
-        elif now - self.spoke >= EVERY and done < total:
+            shown = detail or (f"{rate:.3g}/s" if rate else "")
+            self._draw(done, total, f"{done}/{total} {shown}" if total > 1 else shown)
+        elif self._silent() and done < total:
             left = f"{duration((total - done) / rate)} left" if rate else ""
             said = [f"{stage} {done}/{total}" if total > 1 else stage, detail, left]
             self._say(", ".join(part for part in said if part))
 
     def _draw(self, done: int, total: int, detail: str) -> None:
-        if self.bar is None:
-            columns = (
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"),
-                TimeRemainingColumn(),
-            )
-            self.bar = Bar(*columns, console=_err(), transient=True)
-            self.bar.start()
+        bar = self.bar
+        if bar is None:
+            columns = ("{task.description}", BarColumn(), "{task.fields[detail]}", TimeRemainingColumn())
+            self.bar = bar = Bar(*columns, console=_err(), transient=True)
+            bar.start()
         if self.task is None:
-            self.task = self.bar.add_task(self.stage, total=total if total > 1 else None, completed=done, detail=detail)
-        self.bar.update(self.task, completed=done, detail=detail)
+            self.task = bar.add_task(self.stage, total=total if total > 1 else None, completed=done, detail=detail)
+        bar.update(self.task, completed=done, detail=detail)
 
 
 def headlines(report: Report) -> str:
@@ -213,8 +220,7 @@ def headlines(report: Report) -> str:
 
 
 def _epoch(event: EpochEnd) -> str:
-    when = f"epoch {event.epoch}/{event.epochs}" if event.epoch else "before training"
-    extra = "".join(f", {name} {value:.4g}" for name, value in event.extra.items())
-    best = ", best so far" if event.best else ""
-    held_out = f"clean {percent(event.clean)}, robust {percent(event.robust)} ({event.probe}) of the held-out images"
-    return f"{when}: {held_out}{extra}{best}"
+    found = f"clean {percent(event.clean)}, robust {percent(event.robust)}"
+    if event.epoch == 0:
+        return f"before training: {found} ({event.probe}, on held-out images, here and in every epoch)"
+    return f"epoch {event.epoch}/{event.epochs}: {found}{', best so far' if event.best else ''}"

@@ -1,4 +1,4 @@
-"""The recipes that come with robustify, as text. Imports neither torch nor pydantic, so that listing them is instant."""
+"""The recipes that come with robustify, as text. Imports no torch, so that listing them is instant."""
 from __future__ import annotations
 
 from importlib.resources import files

@@ -55,7 +55,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def robustify(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Harden a pretrained image classifier against adversarial perturbations, measure it, publish it.
 

@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from robustify import console, files, shelf
-from robustify.cli.options import Force
+from robustify.cli import options
 from robustify.errors import UserError
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name of `robustify ls recipes`, or a file.")],
+    recipe: Annotated[str, options.Recipe],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to; a folder keeps the recipe's name.")],
-    force: Force = False,
+    force: options.Force = False,
 ) -> None:
     """Copy a recipe to a file, to edit and run it.
 

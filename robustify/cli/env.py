@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from robustify import console
-from robustify.cli.options import AsJson
+from robustify.cli import options
 from robustify.errors import UserError
 
 PACKAGES = ("torchvision", "accelerate", "robustbench", "safetensors", "huggingface_hub", "pydantic", "typer")
 
 
-def run(as_json: AsJson = False) -> None:
+def run(as_json: options.AsJson = False) -> None:
     """Print versions, devices, threads and folders.
 
     \b

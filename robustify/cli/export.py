@@ -8,20 +8,20 @@ from typing import Annotated
 import typer
 
 from robustify import console
-from robustify.cli.options import AllowPickle, AsJson, Force, ModelsDir
+from robustify.cli import options
 
 
 def run(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A run's folder, a model folder, a RobustBench or timm name.")],
+    source: options.Source,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The new folder.")],
-    models_dir: ModelsDir = None,
-    allow_pickle: AllowPickle = False,
-    force: Force = False,
-    as_json: AsJson = False,
+    models_dir: options.ModelsDir = None,
+    allow_pickle: options.AllowPickle = False,
+    force: options.Force = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Write a model into a new folder as timm reads it, card included.
+    """Write a model into a new folder, as timm reads it.
 
-    The folder appears only when a network built anew from it gives the same logits.
+    The folder appears only when a network built anew from it gives the same logits. A run's card goes along.
 
     \b
     robustify export runs/digits-wasserstein digits-robust
@@ -29,8 +29,10 @@ def run(
     with console.status("loading torch"):
         from robustify import api
     target = api.export(source, folder, models_dir=models_dir, allow_pickle=allow_pickle, force=force)
+    following = f"robustify evaluate {shlex.quote(str(folder))}"
     if as_json:
-        console.result_json({"folder": str(target), "files": sorted(path.name for path in target.iterdir())})
+        names = sorted(path.name for path in target.iterdir())
+        console.result_json({"folder": str(target), "files": names, "next": following})
         return
     console.result(f"model: {folder}")
-    console.result(f"next: robustify evaluate {shlex.quote(str(folder))}")
+    console.result(f"next: {following}")

@@ -1,15 +1,19 @@
 """robustify finetune: harden a model, measure it before and after, export it."""
 from __future__ import annotations
 
+import os
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
+from typer import Option
 
 from robustify import console
-from robustify.cli.options import AllowPickle, AsJson, DataName, Force, ModelsDir, Processes, typed, without
+from robustify.cli import options
 from robustify.report import Headline, Report, Row, paired_difference, percent
 
 if TYPE_CHECKING:
@@ -18,49 +22,44 @@ if TYPE_CHECKING:
 
 def run(
     context: typer.Context,
-    recipe: Annotated[
-        str | None, typer.Argument(metavar="RECIPE", help="A YAML file, or a name of `robustify ls recipes`.")
-    ] = None,
-    model: Annotated[str | None, typer.Option("--model", metavar="SOURCE", help="A RobustBench or timm name, or a folder.")] = None,
-    method: Annotated[
-        str | None, typer.Option("--method", metavar="NAME", help="wasserstein, trades, pgd-at, fast-at or standard.")
-    ] = None,
-    data: DataName = None,
+    recipe: Annotated[str | None, options.Recipe] = None,
+    model: Annotated[str | None, Option(metavar="SOURCE", help="A RobustBench or timm name, or a folder.")] = None,
+    method: Annotated[str | None, Option(metavar="NAME", help="One of `robustify ls methods`.")] = None,
+    data: options.DataName = None,
     threat: Annotated[
-        str | None, typer.Option("--threat", metavar="THREAT", help="Linf:8/255, L2:0.5; W2-Linf:8/255 for wasserstein.")
+        str | None, Option(metavar="THREAT", help="Linf:8/255, L2:0.5; for wasserstein W2-Linf:8/255.")
     ] = None,
     layers: Annotated[
-        str | None, typer.Option("--layers", metavar="WHICH", help="last, full, or a pattern on the parameters' names.")
+        str | None, Option(metavar="WHICH", help="last, full, or a pattern on the parameters' names.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", metavar="N", help="Passes over the training set.")] = None,
+    epochs: Annotated[int | None, Option(metavar="N", help="Passes over the training set.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of the recipe; repeatable.")
+        list[str] | None, Option("--set", metavar="KEY=VALUE", help="Any other setting of the recipe; repeatable.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="DIR", help="The run's folder.  [default: runs/MODEL-METHOD]")
+        Path | None, Option("-o", "--output", metavar="DIR", help="The run's folder.  [default: runs/MODEL-METHOD]")
     ] = None,
-    processes: Processes = 1,
-    precision: Annotated[str | None, typer.Option("--precision", metavar="TYPE", help="no, bf16 or fp16.")] = None,
+    processes: options.Processes = 1,
+    precision: Annotated[str | None, Option(metavar="TYPE", help="no, bf16 or fp16.")] = None,
     resume: Annotated[
         str,
-        typer.Option(
-            "--resume", metavar="WHEN",
-            help="auto: continue the unfinished run in the output folder, if there is one; never; or the folder to continue.",
-        ),
+        Option(metavar="WHEN", help="auto: the unfinished run in the output folder, if any; never; or a run's folder."),
     ] = "auto",
-    force: Force = False,
-    models_dir: ModelsDir = None,
+    force: options.Force = False,
+    models_dir: options.ModelsDir = None,
     num_classes: Annotated[
-        int | None, typer.Option("--num-classes", metavar="N", help="Put in a new classifier for so many classes.")
+        int | None, Option(metavar="N", help="Put in a new classifier, for so many classes.")
     ] = None,
-    allow_pickle: AllowPickle = False,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare clean accuracy with the published one.")] = False,
-    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Of all random numbers.")] = None,
+    allow_pickle: options.AllowPickle = False,
+    no_verify: Annotated[
+        bool, Option("--no-verify", help="Do not compare clean accuracy with the published one.")
+    ] = False,
+    seed: options.Seed = None,
     tracker: Annotated[
-        str | None, typer.Option("--tracker", metavar="NAME", help="tensorboard, wandb, or another that accelerate knows.")
+        str | None, Option(metavar="NAME", help="tensorboard, wandb, or another that accelerate knows.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, run one batch, print the plan.")] = False,
-    as_json: AsJson = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Check everything, run one batch, print the plan.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Harden a model: measure, train, measure again, export.
 
@@ -73,33 +72,31 @@ def run(
         from robustify import pipeline
         from robustify.distributed import launched, relaunch
         from robustify.recipe import resolve
-    resolved = resolve(
-        recipe,
-        {
-            "model.source": model, "method.name": method, "data.name": data, "threat": threat, "train.layers": layers,
-            "train.epochs": epochs, "train.precision": precision, "model.num_classes": num_classes, "train.seed": seed,
-            "model.models_dir": str(models_dir) if models_dir else None, "model.allow_pickle": allow_pickle or None,
-            "model.verify": False if no_verify else None, "train.tracker": tracker,
-        },
-        settings or (),
-    )
-    arguments = typed(context)
+    flags: dict[str, Any] = {
+        "model.source": model, "model.num_classes": num_classes, "model.models_dir": models_dir and str(models_dir),
+        "model.allow_pickle": allow_pickle or None, "model.verify": False if no_verify else None,
+        "method.name": method, "data.name": data, "threat": threat, "train.layers": layers, "train.epochs": epochs,
+        "train.precision": precision, "train.seed": seed, "train.tracker": tracker,
+    }
+    resolved = resolve(recipe, flags, settings or ())
+    arguments = options.typed(context)
     if dry_run:
         with console.Watch() as watch:
             plan = pipeline.plan(resolved.recipe, listener=watch)
-        _show_plan(resolved, plan, [a for a in arguments if a != "--dry-run"], as_json)
+        _show_plan(resolved, plan, _command(a for a in arguments if a != "--dry-run"), as_json)
         return
     if processes > 1 and not launched():
-        raise typer.Exit(relaunch(processes, without(arguments, "--processes")))
+        raise typer.Exit(relaunch(processes, options.without(arguments, "--processes")))
     folder = output or Path("runs") / default_name(resolved.recipe.model.source, resolved.recipe.method.name)
+    command = _command(arguments)
     try:
         with console.Watch() as watch:
             result = pipeline.finetune(
-                resolved.recipe, folder, resume=resume, force=force, command=_command(arguments), listener=watch
+                resolved.recipe, folder, resume=resume, force=force, command=command, listener=watch
             )
     except KeyboardInterrupt:
-        again = [a for a in without(arguments, "--resume") if a != "--force"]
-        console.note(f"interrupted; this continues the run: {_command(again)}")
+        again = _command(a for a in options.without(arguments, "--resume") if a != "--force")
+        console.note(f"interrupted; this continues the run: {again}")
         raise typer.Exit(130) from None
     _show_result(*result.report, result.folder or folder, as_json)
 
@@ -111,7 +108,7 @@ def default_name(source: str, method: str) -> str:
 
 
 def compare(before: Report, after: Report) -> list[dict[str, Any]]:
-    """Return one line per attack and threat measured both times, worst cases last, as numbers.
+    """Return one line per attack and threat measured both times, as numbers; worst cases come last.
 
     difference: (change, low, high) of the paired accuracies where both reports have verdicts, else None.
     """
@@ -127,12 +124,14 @@ def compare(before: Report, after: Report) -> list[dict[str, Any]]:
     return lines
 
 
-def _line(attack: str, old: Row | Headline, new: Row | Headline, held_before: Any, held_after: Any) -> dict[str, Any]:
-    paired = held_before is not None and held_after is not None and len(held_before) == len(held_after)
-    return {
-        "attack": attack, "threat": new.threat, "before": old.accuracy, "after": new.accuracy,
-        "difference": paired_difference(held_before, held_after) if paired else None, "n": new.n,
-    }
+def _line(
+    attack: str, old: Row | Headline, new: Row | Headline, was: np.ndarray | None, now: np.ndarray | None
+) -> dict[str, Any]:
+    difference = None
+    if was is not None and now is not None and len(was) == len(now):
+        difference = paired_difference(was, now)
+    figures = {"before": old.accuracy, "after": new.accuracy, "difference": difference, "n": new.n}
+    return {"attack": attack, "threat": new.threat, **figures}
 
 
 def _show_result(before: Report, after: Report, folder: Path, as_json: bool) -> None:
@@ -144,8 +143,9 @@ def _show_result(before: Report, after: Report, folder: Path, as_json: bool) -> 
         return
     console.table([
         {
-            "attack": line["attack"], "threat": (line["threat"] or "").replace(":", " "), "before": percent(line["before"]),
-            "after": percent(line["after"]), "difference in points": _points(line["difference"]), "n": str(line["n"]),
+            "attack": line["attack"], "threat": (line["threat"] or "").replace(":", " "),
+            "before": percent(line["before"]), "after": percent(line["after"]),
+            "change in points": _points(line["difference"]), "n": str(line["n"]),
         }
         for line in lines
     ])
@@ -160,17 +160,16 @@ def _points(difference: tuple[float, float, float] | None) -> str:
     return f"{change:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-def _show_plan(resolved: Resolved, plan: dict[str, Any], arguments: list[str], as_json: bool) -> None:
-    if as_json:
-        console.result_json({"recipe": resolved.recipe.to_dict(), "origins": resolved.origins, "plan": plan})
-        return
+def _show_plan(resolved: Resolved, plan: dict[str, Any], following: str, as_json: bool) -> None:
     values = resolved.recipe.to_dict()
-    console.table([
-        {"setting": key, "value": _value(values, key), "from": origin} for key, origin in resolved.origins.items()
-    ])
+    if as_json:
+        console.result_json({"recipe": values, "origins": resolved.origins, "plan": plan, "next": following})
+        return
+    origins = resolved.origins.items()
+    console.table([{"setting": key, "value": _value(values, key), "from": origin} for key, origin in origins])
     console.result("")
     console.facts(plan)
-    console.result(f"next: {_command(arguments)}")
+    console.result(f"next: {following}")
 
 
 def _value(values: Any, key: str) -> str:
@@ -179,5 +178,8 @@ def _value(values: Any, key: str) -> str:
     return ", ".join(map(str, values)) if isinstance(values, list) else str(values)
 
 
-def _command(arguments: list[str]) -> str:
-    return shlex.join(["robustify", *arguments])
+def _command(arguments: Iterable[str]) -> str:
+    """The command to type, for one of several processes that of all of them."""
+    typed = ["robustify", *arguments]
+    several = os.environ.get("WORLD_SIZE", "1")
+    return shlex.join(typed if several == "1" else [*typed, "--processes", several])

@@ -1,7 +1,7 @@
 """robustify ls: what there is to choose from."""
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +9,7 @@ import typer
 import yaml
 
 from robustify import console, shelf
-from robustify.cli.options import AsJson, ModelsDir
+from robustify.cli import options
 from robustify.errors import UserError
 
 DATA = {
@@ -22,7 +22,7 @@ DATA = {
 Lines = list[dict[str, Any]]
 
 
-class What(str, Enum):
+class What(StrEnum):
     models = "models"
     methods = "methods"
     attacks = "attacks"
@@ -32,13 +32,13 @@ class What(str, Enum):
 
 def run(
     what: Annotated[What, typer.Argument(metavar="WHAT", help="models, methods, attacks, recipes or data.")],
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="Part of the name; timm:PART lists timm's models.")] = "",
-    dataset: Annotated[str | None, typer.Option("--dataset", metavar="NAME", help="Models of this data set only.")] = None,
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="Part of the name; timm:PART for timm's models.")] = "",
+    dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Models of this data set only.")] = None,
     threat: Annotated[
-        str | None, typer.Option("--threat", metavar="NORM", help="Models against this threat only: Linf, L2, corruptions.")
+        str | None, typer.Option(metavar="NORM", help="Models against this threat only: Linf, L2, corruptions.")
     ] = None,
-    models_dir: ModelsDir = None,
-    as_json: AsJson = False,
+    models_dir: options.ModelsDir = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """List models, methods, attacks, recipes or data sets.
 
@@ -56,7 +56,7 @@ def run(
         return
     if not lines:
         raise UserError(f"no {what.value} with {query!r} in the name", f"robustify ls {what.value} lists all")
-    console.table([{key: _cell(value) for key, value in line.items()} for line in lines])
+    console.table([{key.replace("_", " "): _cell(value) for key, value in line.items()} for line in lines])
 
 
 def _cell(value: Any) -> str:
@@ -74,8 +74,8 @@ def _models(query: str, dataset: str | None, threat: str | None, models_dir: Pat
         return [
             {
                 "name": info.id, "data": info.dataset, "threat": info.threat, "architecture": info.architecture,
-                "published clean %": info.clean_acc, "published robust %": info.robust_acc, "extra data": info.additional_data,
-                "file here": info.file is not None,
+                "published_clean": info.clean_acc, "published_robust": info.robust_acc,
+                "extra_data": info.additional_data, "file_here": info.file is not None,
             }
             for info in sources.names(query, dataset, threat, models_dir)
         ]
@@ -97,11 +97,13 @@ def _methods() -> Lines:
 
 def _attacks() -> Lines:
     with console.status("loading torch"):
-        from robustify.attacks import ATTACKS, options
+        from robustify.attacks import ATTACKS
+        from robustify.attacks import options as settings_of
     return [
         {
-            "name": name, "threat": "distributional" if info.distributional else "pointwise", "norms": " ".join(info.norms),
-            "about": info.summary, "paper": info.paper, "settings": options(name),
+            "name": name, "threat": "distributional" if info.distributional else "pointwise",
+            "norms": " ".join(info.norms), "about": info.summary, "paper": info.paper,
+            "settings": settings_of(name),
         }
         for name, info in ATTACKS.items()
     ]
@@ -114,8 +116,10 @@ def _recipes() -> Lines:
 def _recipe(name: str, text: str) -> dict[str, Any]:
     values = yaml.safe_load(text)
     about = next((line.lstrip("# ") for line in text.splitlines() if line.startswith("#")), "")
-    chosen = {key: value.get(inner) if isinstance(value := values.get(key), dict) else value
-              for key, inner in (("model", "source"), ("data", "name"), ("method", "name"))}
+    chosen = {
+        key: value.get(inner) if isinstance(value := values.get(key), dict) else value
+        for key, inner in (("model", "source"), ("data", "name"), ("method", "name"))
+    }
     return {"name": name, **chosen, "threat": values.get("threat"), "about": about}
 
 

@@ -1,4 +1,4 @@
-"""The options that several verbs share, and the arguments as they were typed."""
+"""The arguments that several verbs share, and the command line as it was typed."""
 from __future__ import annotations
 
 import sys
@@ -8,16 +8,26 @@ from typing import Annotated
 
 import typer
 
+from robustify.errors import UserError
+
+FEW = 1000  # images that a measurement takes, unless the user says how many
+
+Recipe = typer.Argument(metavar="RECIPE", help="A name of `robustify ls recipes`, or a YAML file.")
+Source = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="A run's folder, a model folder, a RobustBench name, a timm name.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ModelsDir = Annotated[
     Path | None,
-    typer.Option("--models-dir", metavar="DIR", help="Folder of RobustBench's weight files (else ROBUSTIFY_MODELS_DIR, ~/.cache)."),
+    typer.Option(metavar="DIR", help="Folder of RobustBench's weight files, else ROBUSTIFY_MODELS_DIR or ~/.cache."),
 ]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Run the code that a pickled weight file may hold.")]
-DataName = Annotated[
-    str | None, typer.Option("--data", metavar="DATA", help="digits, cifar10, cifar100, folder:PATH or npz:PATH.")
-]
-Processes = Annotated[int, typer.Option("--processes", min=1, metavar="N", help="Processes on this machine, one a GPU.")]
+DataName = Annotated[str | None, typer.Option(metavar="DATA", help="digits, cifar10, cifar100, folder:PATH, npz:PATH.")]
+Images = Annotated[str | None, typer.Option("--n", metavar="N|all", help=f"Images to take.  [default: {FEW}]")]
+SplitName = Annotated[str, typer.Option(metavar="NAME", help="test, val or train.")]
+BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Images per pass.")]
+Seed = Annotated[int | None, typer.Option(min=0, metavar="N", help="Of all random numbers.")]
+Processes = Annotated[int, typer.Option(min=1, metavar="N", help="Processes on this machine, one a GPU.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what the output holds.")]
 
 
@@ -26,15 +36,24 @@ def typed(context: typer.Context) -> list[str]:
     return list((context.obj or {}).get("arguments", sys.argv[1:]))
 
 
-def without(arguments: Sequence[str], *options: str) -> list[str]:
-    """Return the arguments without these options and their values, `--name VALUE` or `--name=VALUE`."""
+def without(arguments: Sequence[str], option: str) -> list[str]:
+    """Return the arguments without an option and its value, `--name VALUE` or `--name=VALUE`."""
     kept: list[str] = []
-    skip = False
-    for argument in arguments:
-        if skip:
-            skip = False
-        elif argument in options:
-            skip = True
-        elif argument.partition("=")[0] not in options:
+    values = iter(arguments)
+    for argument in values:
+        if argument == option:
+            next(values, None)
+        elif not argument.startswith(f"{option}="):
             kept.append(argument)
     return kept
+
+
+def count(text: str | None, available: int) -> int | None:
+    """Read --n: the number of images, None for all of them. Raises UserError."""
+    if text is None:
+        return min(FEW, available)
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--n {text} is not a number of images", "take --n 500, or --n all")
+    return int(text)

@@ -3,12 +3,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from robustify import console, shelf
+from robustify.cli import options
 
 
-def run(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name of `robustify ls recipes`, or a file.")]) -> None:
+def run(recipe: Annotated[str, options.Recipe]) -> None:
     """Print a recipe.
 
     \b
