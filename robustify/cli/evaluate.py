@@ -66,6 +66,8 @@ def run(
             model_id=Path(source).resolve().name if Path(source).is_dir() else None,
             world=World(accelerator), listener=watch,
         )
+    for note in report.notes:
+        console.note(note)
     if output and console.is_main():
         report.save(output)
         console.note(f"report: {output}")

@@ -1,0 +1,156 @@
+"""finetune: the plan, the result, the refusals."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from robustify import distributed, pipeline
+from robustify.cli.finetune import compare, default_name
+from robustify.cli.options import count, without
+from robustify.errors import UserError
+from robustify.report import Report, Row
+
+
+def test_a_run_ends_with_json_on_stdout_and_progress_on_stderr(finished):
+    folder, done = finished
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["folder"] == str(folder)
+    assert [line["attack"] for line in result["comparison"]] == ["clean", "fgsm", "pgd", "w-pgd", "worst case"]
+    for line in result["comparison"]:
+        change, low, high = line["difference"]
+        assert line["n"] == 64
+        assert change == pytest.approx(line["after"] - line["before"])
+        assert low <= high
+    assert result["next"].startswith(f"robustify evaluate {folder} --attack pgd")
+    assert "before training: clean" in done.stderr
+    assert "exported" in done.stderr
+    assert "Warning" not in done.stderr
+    assert {path.name for path in (folder / "model").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert (folder / "recipe.yaml").read_text().startswith("# robustify finetune --model timm:robustify_digits_cnn")
+
+
+def test_a_finished_run_is_not_overwritten(robustify, finished, tiny):
+    folder, _ = finished
+    ran = robustify("finetune", *tiny, "-o", folder)
+    assert ran.code == 2
+    assert "is not empty" in ran.err
+    assert "--force" in ran.err
+
+
+def test_dry_run_prints_each_value_with_its_origin_and_writes_nothing(robustify, tmp_path):
+    model = "{source: timm:robustify_digits_cnn, pretrained: false}"
+    (tmp_path / "mine.yaml").write_text(f"model: {model}\ndata: {{name: digits, limit: 300}}\nmethod: trades\n")
+    ran = robustify(
+        "finetune", "mine.yaml", "--threat", "Linf:0.1", "--set", "train.lr=1e-3", "--set", "method.steps=1", "--dry-run"
+    )
+    assert ran.code == 0, ran.err
+    lines = ran.out.splitlines()
+    assert "data.limit\t300\trecipe mine.yaml" in lines
+    assert "train.lr\t0.001\tcommand line" in lines
+    assert "train.momentum\t0.9\tdefault" in lines
+    assert any(line.startswith("trains\tfull: ") for line in lines)
+    assert lines[-1].startswith("next: robustify finetune mine.yaml --threat Linf:0.1")
+    assert "--dry-run" not in lines[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--threat", "Linf:8"], "did you mean Linf:8/255?"),
+    (["--set", "train.learning_rate=0.1"], "unknown key train.learning_rate = 0.1"),
+    (["--set", "trian.lr=0.1"], "unknown key trian"),
+    (["--set", "lr"], "'lr' is not of the form key=value"),
+    (["--method", "trade"], "unknown method 'trade'. Did you mean trades?"),
+    (["--epochs", "0"], "train.epochs = 0"),
+    (["--precision", "half"], "train.precision = 'half'"),
+    (["--set", "eval.attacks=[pdg]"], "Did you mean pgd?"),
+])
+def test_mistakes_are_named_with_their_correction(robustify, arguments, said, tiny):
+    ran = robustify("finetune", *tiny, *arguments)
+    assert (ran.code, ran.out) == (2, "")
+    assert said in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_without_a_model_the_hint_names_one(robustify):
+    ran = robustify("finetune")
+    assert ran.code == 2
+    assert "--model Zhang2019" in ran.err
+
+
+def test_flags_become_settings_and_the_folder_has_a_name(robustify, monkeypatch, tiny):
+    seen = {}
+
+    def record(recipe, out, **options):
+        seen.update(recipe=recipe, out=out, **options)
+        raise UserError("enough")
+
+    monkeypatch.setattr(pipeline, "finetune", record)
+    robustify(
+        "finetune", *tiny, "--layers", "last", "--seed", "3", "--precision", "bf16", "--num-classes", "10",
+        "--allow-pickle", "--models-dir", "weights", "--resume", "never", "--force", "--tracker", "tensorboard",
+    )
+    recipe = seen["recipe"]
+    assert (recipe.model.num_classes, recipe.model.allow_pickle, recipe.model.models_dir) == (10, True, "weights")
+    assert not recipe.model.verify
+    assert (recipe.train.layers, recipe.train.seed, recipe.train.precision) == ("last", 3, "bf16")
+    assert recipe.train.tracker == "tensorboard"
+    assert (seen["resume"], seen["force"]) == ("never", True)
+    assert seen["out"] == Path("runs/robustify_digits_cnn-trades")
+    assert seen["command"].startswith("robustify finetune --model timm:robustify_digits_cnn")
+
+
+def test_an_interrupted_run_says_how_it_continues(robustify, monkeypatch, tiny):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "finetune", interrupt)
+    ran = robustify("finetune", *tiny, "-o", "my run", "--force", "--resume", "never")
+    assert ran.code == 130
+    assert ran.err == f"interrupted; this continues the run: robustify finetune {' '.join(tiny)} -o 'my run'\n"
+
+
+def test_several_processes_get_the_same_arguments(robustify, monkeypatch, tiny):
+    asked = []
+    monkeypatch.setattr(distributed, "relaunch", lambda processes, arguments: asked.append((processes, arguments)) or 7)
+    assert robustify("finetune", *tiny, "--processes", "2").code == 7
+    assert robustify("evaluate", "digits", "--processes=2", "--n", "10").code == 7
+    assert asked == [(2, ["finetune", *tiny]), (2, ["evaluate", "digits", "--n", "10"])]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(pipeline, "finetune", lambda *_, command, **__: asked.append(command) or pytest.skip("reached"))
+    with pytest.raises(pytest.skip.Exception):
+        robustify("finetune", *tiny)
+    assert asked[-1].endswith("eval.n=64 --processes 2")
+
+
+@pytest.mark.parametrize(("source", "name"), [
+    ("Zhang2019", "Zhang2019-trades"),
+    ("robustbench:cifar10/Linf/Wang2023Better_WRN-28-10", "Wang2023Better_WRN-28-10-trades"),
+    ("hf-hub:timm/resnet18.a1_in1k", "resnet18.a1_in1k-trades"),
+    ("runs/old/model/", "old-trades"),
+    ("../some model", "some-model-trades"),
+])
+def test_default_names(source, name):
+    assert default_name(source, "trades") == name
+
+
+def test_options_are_taken_out_with_their_values():
+    assert without(["a", "--n", "2", "--m=3", "--n=4", "b"], "--n") == ["a", "--m=3", "b"]
+    assert (count(None, 50), count("all", 50), count("7", 50)) == (50, None, 7)
+    with pytest.raises(UserError, match="--n ten"):
+        count("ten", 50)
+
+
+def test_compare_pairs_what_both_reports_have():
+    def report(held):
+        held = np.array(held, bool)
+        rows = [Row("clean", None, 4, 4, kind="clean"), Row("pgd", "Linf:0.1", 4, int(held.sum()))]
+        return Report("m", "d", "test", rows, {"clean": np.ones(4, bool), "pgd Linf:0.1": held})
+
+    clean, pgd = compare(report([0, 0, 1, 0]), report([1, 1, 1, 0]))
+    assert clean["difference"][0] == 0
+    assert pgd["difference"][0] == pytest.approx(0.5)
+    assert (pgd["before"], pgd["after"], pgd["threat"]) == (0.25, 0.75, "Linf:0.1")

@@ -1,0 +1,71 @@
+"""The public names: there whatever has been imported, and they take models and data in every form."""
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+import robustify
+from robustify import pixels
+
+X, Y = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 10
+
+
+def test_public_names_stay_callable_after_their_modules_are_imported():
+    for module in ("export", "evaluation", "pipeline", "api"):
+        importlib.import_module(f"robustify.{module}")
+    for name in robustify.__all__:
+        assert callable(getattr(robustify, name)), name
+        assert name in dir(robustify)
+    with pytest.raises(AttributeError, match="hardenn"):
+        robustify.hardenn  # noqa: B018
+
+
+def test_evaluate_takes_any_network_and_any_data():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    pair = robustify.evaluate(net, (X, Y), attacks=["fgsm"], threat="L2:0.5")
+    dataset = robustify.evaluate(net, torch.utils.data.TensorDataset(X, Y), attacks=["fgsm"], threat="L2:0.5")
+    wrapped = robustify.evaluate(pixels.PixelModel(net), (X.numpy(), Y.numpy()), attacks=["fgsm"], threat="L2:0.5")
+    assert pair.digest() == dataset.digest() == wrapped.digest()
+    assert pair.model_id == "Sequential"
+    moved = robustify.evaluate(net, (X, Y), attacks=["clean"], mean=(0.5,), std=(0.5,))
+    by_hand = (net((X - 0.5) / 0.5).argmax(1) == Y).sum()
+    assert moved.rows[0].correct == by_hand
+
+
+def test_evaluate_takes_a_checkpoint_and_a_name():
+    checkpoint = robustify.load("timm:robustify_digits_cnn", pretrained=False)
+    told = []
+    report = robustify.evaluate(checkpoint, "digits", attacks=["clean"], n=30, split="val", listener=told.append)
+    assert (report.rows[0].n, report.split) == (30, "val")
+    assert report.data.startswith("digits (")
+    assert told
+
+
+def test_default_attacks_are_those_that_know_the_norm():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    both = robustify.evaluate(net, (X, Y), threat=["L1:1", "Linf:0.1"])
+    assert {row.attack for row in both.rows} == {"clean", "fgsm", "pgd"}
+    assert "w-pgd" in {row.attack for row in robustify.evaluate(net, (X, Y)).rows}
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(robustify.UserError, match="does not take images of shape"):
+        robustify.evaluate(nn.Sequential(nn.Flatten(), nn.Linear(99, 10)), (X, Y), attacks=["clean"])
+    with pytest.raises(robustify.UserError, match="unknown split"):
+        robustify.evaluate("digits", "digits", split="dev", attacks=["clean"])
+
+
+def test_classes_must_agree():
+    checkpoint = robustify.load("timm:robustify_digits_cnn", pretrained=False, num_classes=3)
+    with pytest.raises(robustify.UserError, match="has 3 classes"):
+        robustify.evaluate(checkpoint, "digits", attacks=["clean"])
+
+
+def test_export_of_a_checkpoint_reads_back(tmp_path):
+    checkpoint = robustify.load("timm:robustify_digits_cnn", pretrained=False)
+    folder = robustify.export(checkpoint, tmp_path / "model")
+    again = robustify.load(folder)
+    assert torch.equal(again.model(X), checkpoint.model(X))
