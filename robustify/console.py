@@ -166,7 +166,8 @@ class Watch:
                     "yellow",
                 )
             case Measured(when, report):
-                self._say(f"{when}: {headlines(report)}")
+                for text in (f"{when}: {headlines(report)}", *report.notes):
+                    self._say(text)
             case Exported(path):
                 self._say(f"exported {path}")
 

@@ -45,7 +45,8 @@ def test_dry_run_prints_each_value_with_its_origin_and_writes_nothing(robustify,
     model = "{source: timm:robustify_digits_cnn, pretrained: false}"
     (tmp_path / "mine.yaml").write_text(f"model: {model}\ndata: {{name: digits, limit: 300}}\nmethod: trades\n")
     ran = robustify(
-        "finetune", "mine.yaml", "--threat", "Linf:0.1", "--set", "train.lr=1e-3", "--set", "method.steps=1", "--dry-run"
+        "finetune", "mine.yaml", "--threat", "Linf:0.1", "--dry-run", "--set", "train.lr=1e-3", "--set",
+        "method.steps=1",
     )
     assert ran.code == 0, ran.err
     lines = ran.out.splitlines()
