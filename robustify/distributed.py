@@ -1,10 +1,10 @@
 """The process group: the accelerator, exact sums and gathers over processes, and the relaunch on several of them."""
 from __future__ import annotations
 
+import logging
 import os
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast, broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from robustify.errors import UserError
 
@@ -62,9 +64,20 @@ class World:
         assert isinstance(total, Tensor)
         return total
 
-    def same(self, value: Any) -> Any:
-        """Return the main process's value on every process."""
-        return value if self.size == 1 else broadcast_object_list([value])[0]
+    def on_main(self, do: Callable[[], Any]) -> Any:
+        """Let the main process do something and return its result on every process; a UserError is raised on all of them."""
+        if self.size == 1:
+            return do()
+        outcome: tuple[Any, UserError | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = (do(), None)
+            except UserError as error:
+                outcome = (None, error)
+        result, error = broadcast_object_list([outcome])[0]
+        if error is not None:
+            raise error
+        return result
 
     def wait(self) -> None:
         if self.accelerator is not None:
@@ -106,14 +119,17 @@ def relaunch(processes: int, arguments: Sequence[str]) -> int:
     room, kind = (gpus, "GPUs") if gpus else (cores, "cores")
     if processes > room:
         raise UserError(f"--processes {processes}, but this machine has {room} {kind}", f"take --processes {room}")
-    environment = dict(os.environ)
     if not gpus:
-        environment["ACCELERATE_USE_CPU"] = "true"
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "robustify", *arguments
-    ]
-    return subprocess.run(command, env=environment, check=False).returncode
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the process that failed has said why
+    config = LaunchConfig(1, 1, processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="robustify", max_restarts=0)
+    try:
+        elastic_launch(config, sys.executable)("-m", "robustify", *arguments)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0
 
 
 def launched() -> bool:

@@ -13,6 +13,9 @@ class UserError(Exception):
         self.message = message
         self.hint = hint
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str]]:
+        return type(self), (self.message, self.hint)  # so that it travels between processes with its hint
+
 
 def nearest(word: str, known: list[str]) -> str:
     """Return ` Did you mean X?` for the closest known word, or an empty string."""

@@ -66,7 +66,7 @@ def finetune(
     accelerator = make_accelerator(recipe.train.precision, recipe.train.tracker, str(out))
     world = World(accelerator)
     folder = Path(out if resume in ("auto", "never") else resume)
-    checkpoint_at = world.same(_open_folder(folder, recipe, resume, force) if world.is_main else None)
+    checkpoint_at = world.on_main(lambda: _open_folder(folder, recipe, resume, force))
     if recipe.train.tracker:
         accelerator.init_trackers("robustify", recipe.to_dict())
     tell: Listener = listener if world.is_main else lambda event: None
@@ -231,7 +231,10 @@ def _gate(recipe: Recipe, checkpoint: Checkpoint, data: Data, world: World, tell
         tell(Note("the model's clean accuracy is not checked against its published figure", "warning"))
         return
     n = min(VERIFY_IMAGES, len(data.test))
-    report = evaluate(checkpoint.model, data.test, ["clean"], recipe.threat, n=n, batch_size=recipe.eval.batch_size, world=world)
+    report = evaluate(
+        checkpoint.model, data.test, ["clean"], recipe.threat, n=n, batch_size=min(64, recipe.eval.batch_size), world=world,
+        tell=lambda stage, done, total: tell(Progress("checking the model", done, total)),
+    )
     tell(Note(verify_accuracy(report.rows[0].accuracy, n, checkpoint, recipe.data.name, data.num_classes)))
 
 
@@ -257,20 +260,27 @@ def _plan(recipe: Recipe, checkpoint: Checkpoint, data: Data) -> dict[str, Any]:
 
 
 def _time_one_step(recipe: Recipe, checkpoint: Checkpoint, data: Data, accelerator: Any) -> dict[str, Any]:
-    """Run one real training step on a copy and project the run's time from it."""
+    """Run one real training step on a copy and project the run's time from it.
+
+    On a GPU the whole batch, to see that it fits; on a CPU, where time is proportional to the images, 16 of them.
+    """
     model = copy.deepcopy(checkpoint.model).to(accelerator.device)
     layers.select(model.net, recipe.train.layers, _prepare_weights(recipe, model, data))
-    n = min(len(data.train), recipe.train.batch_size)
+    batch = min(len(data.train), recipe.train.batch_size)
+    n = batch if accelerator.device.type == "cuda" else min(batch, 16)
     settings = recipe.train.model_copy(update={"batch_size": n, "accumulate": 1})
     setup = prepare(model, recipe.method, recipe.threat, settings, accelerator, _augmentation(recipe, data), len(data.train))
     if setup.tracker:
         setup.tracker.measure(torch.ones(2, dtype=torch.float64), 2)
-    batch = data.train.batch(range(n))
+    images = data.train.batch(range(n))
     begin = time.perf_counter()
-    losses, _ = take_step(setup, iter([batch]), 0)
-    took = time.perf_counter() - begin
+    losses, _ = take_step(setup, iter([images]), 0)
+    took = (time.perf_counter() - begin) * batch / n
     steps = len(data.train) // recipe.train.batch_size * recipe.train.epochs
-    return {"one step": f"{took:.2f} s, loss {losses['total']:.4g}", "training time": f"about {_duration(took * steps)}"}
+    return {
+        "one step": f"{took:.2f} s for a batch of {batch}, from one of {n}; loss {losses['total']:.4g}",
+        "training time": f"about {_duration(took * steps)}, without evaluation",
+    }
 
 
 def _duration(seconds: float) -> str:
@@ -321,10 +331,13 @@ def _export(
     x, _ = data.test.batch(range(n))
     names = data.class_names or ()
     after = reports[1]
+    threat = recipe.threat.spec if recipe.method.adversarial else None
     export(
         checkpoint, model, folder / "model",
-        robustness={"threat": recipe.threat.spec, "method": recipe.method.name, "recipe": recipe.digest, "report": after.digest()},
-        metadata={"threat": recipe.threat.spec, "recipe": recipe.digest}, verify_batch=x, class_names=names, force=True,
+        robustness={
+            "threat": threat, "dataset": data.name, "method": recipe.method.name, "recipe": recipe.digest, "report": after.digest(),
+        },
+        metadata={"threat": threat, "recipe": recipe.digest}, verify_batch=x, class_names=names, force=True,
     )
     write_card(
         folder / "model", name=folder.resolve().name, checkpoint=checkpoint, recipe=recipe.to_dict(), digest=recipe.digest,

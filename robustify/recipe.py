@@ -29,7 +29,7 @@ class ModelSettings(Settings):
     threat: str | None = None
     num_classes: int | None = Field(None, ge=2)
     pretrained: bool = True
-    models_dir: str | None = None
+    models_dir: str | None = Field(None, exclude=True)  # where the weights lie here; no part of what is repeated elsewhere
     allow_pickle: bool = False
     verify: bool = True
 
@@ -218,7 +218,7 @@ def _explain(error: dict[str, Any]) -> str:
     if error["type"] == "union_tag_invalid":
         name = value.get("name") if isinstance(value, Mapping) else value
         return f"unknown method {name!r}.{nearest(str(name), list(METHODS))} Methods: {', '.join(METHODS)}"
-    message = str(error["msg"]).removeprefix("Value error, ").replace("\n", " ")
+    message = "; ".join(line.strip() for line in str(error["msg"]).removeprefix("Value error, ").splitlines())
     if error["type"] == "missing":
         return f"{key} is missing"
     shown = "" if isinstance(value, (Mapping, Settings)) or error["type"] == "value_error" else f" = {value!r}"
