@@ -60,3 +60,4 @@ def redlr(logits: Tensor, y: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {"ce": ce, "dlr": dlr, "redlr": redlr}
+SEARCH_LOSSES: dict[str, Loss] = {**LOSSES, "margin": margin}  # the margin has no Upsilon worth reporting, but PGD climbs it

@@ -24,6 +24,7 @@ Kind = Literal["clean", "pointwise", "distributional"]
 Verdicts = Mapping[str, np.ndarray]  # row key -> bool [n]: is example i of the evaluated order classified correctly?
 _Z95 = 1.959963984540054
 _FORMAT = 1
+_DISTANCE = "distance:"  # before the row key, in the .npz
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,9 @@ class Report:
 
     verdicts:  bool [n] per row key, in the evaluated order: a row of fewer examples covers the first ones.
                Distributional rows have none. They live in an .npz beside the JSON.
+    distances: float32 [n] per row key: the size of the perturbation that fooled, 0 where the clean image is wrong,
+               infinite where none was found. An upper bound of the flip distance; beside the verdicts in the .npz.
+    checks:    what the checks of the model measured, robustify.sanity; what they found wrong is among the notes.
     headlines: filled when read back, so that the figures stand without the .npz.
     """
 
@@ -106,6 +110,8 @@ class Report:
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     version: str = field(default_factory=lambda: version_of("robustify"))
     notes: list[str] = field(default_factory=list)
+    distances: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False)
+    checks: dict[str, Any] = field(default_factory=dict)
     headlines: tuple[Headline, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -113,6 +119,9 @@ class Report:
         rows = {row.key: row for row in self.rows}
         if len(rows) < len(self.rows):
             raise ValueError(f"two rows have the same attack and threat: {[row.key for row in self.rows]}")
+        for key, distance in self.distances.items():
+            if key not in rows or distance.shape != (rows[key].n,):
+                raise ValueError(f"the distances of {key!r} do not belong to its row")
         for key, verdict in self.verdicts.items():
             if key not in rows or verdict.shape != (rows[key].n,) or int(verdict.sum()) != rows[key].correct:
                 raise ValueError(f"the verdicts of {key!r} do not belong to its row")
@@ -158,25 +167,32 @@ class Report:
         return np.logical_and.reduce([self.verdicts[row.key][:n] for row in rows])
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything but the verdicts as JSON values; the derived figures are included for other readers."""
+        """Return everything but what is per example as JSON values; derived figures are included for others."""
         rows = [_with_figures(row) for row in self.rows]
         headlines = [_with_figures(self.headline(threat)) for threat in self.threats]
-        apart = ("rows", "verdicts", "headlines")
+        apart = ("rows", "verdicts", "distances", "headlines")
         shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in apart}
         return {"format": _FORMAT, "digest": self.digest(), **plain(shown), "headlines": headlines, "rows": rows}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], verdicts: Verdicts | None = None) -> Report:
-        """Read what `to_json` returned. Raises UserError when it is not such a report."""
+    def from_json(cls, value: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None) -> Report:
+        """Read what `to_json` and `arrays` returned. Raises UserError when it is not such a report."""
+        distances = {k.removeprefix(_DISTANCE): v for k, v in (arrays or {}).items() if k.startswith(_DISTANCE)}
+        verdicts = {k: v for k, v in (arrays or {}).items() if not k.startswith(_DISTANCE)}
         try:
             if value["format"] > _FORMAT:
                 raise UserError(f"the report has format {value['format']}, not {_FORMAT}", "upgrade robustify")
             rows = [_only_fields(Row, row) for row in value["rows"]]
             headlines = tuple(_only_fields(Headline, {**h, "attacks": tuple(h["attacks"])}) for h in value["headlines"])
             known = {f.name: value[f.name] for f in dataclasses.fields(cls) if f.name in value}
-            return cls(**{**known, "rows": rows, "headlines": headlines, "verdicts": verdicts or {}})
+            return cls(**{**known, "rows": rows, "headlines": headlines, "verdicts": verdicts, "distances": distances})
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"not a report of robustify: {error}", "`robustify evaluate` writes report.json") from error
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return what is per example, as it is stored beside the JSON: verdicts by row key, and the distances."""
+        distances = {_DISTANCE + key: np.asarray(v, np.float32) for key, v in self.distances.items()}
+        return {**{key: np.asarray(v, bool) for key, v in self.verdicts.items()}, **distances}
 
     def digest(self) -> str:
         """Return 12 hex digits of the figures: equal for equal measurements, whenever and however fast they ran."""
@@ -192,31 +208,30 @@ class Report:
         return lines + [_line("worst case", h.threat, h, "") for h in several]
 
     def save(self, path: str | Path) -> None:
-        """Write the JSON to `path` and the verdicts beside it (.npz). Raises UserError when the disk is full."""
-        _save(Path(path), self.to_json(), {key: np.asarray(v, bool) for key, v in self.verdicts.items()})
+        """Write the JSON to `path` and what is per example beside it (.npz). Raises UserError when the disk is full."""
+        _save(Path(path), self.to_json(), self.arrays())
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
         """Read what `save` wrote. Raises UserError when there is none."""
-        value, verdicts = _load(Path(path))
-        return cls.from_json(value, verdicts)
+        return cls.from_json(*_load(Path(path)))
 
 
 def save_pair(path: str | Path, before: Report, after: Report) -> None:
-    """Write both reports of a run into one JSON, {"before", "after"}, and their verdicts beside it."""
+    """Write both reports of a run into one JSON, {"before", "after"}, and what is per example beside it."""
     both = {"before": before, "after": after}
-    verdicts = {f"{name}:{key}": np.asarray(v, bool) for name, r in both.items() for key, v in r.verdicts.items()}
-    _save(Path(path), {name: report.to_json() for name, report in both.items()}, verdicts)
+    arrays = {f"{name}:{key}": v for name, report in both.items() for key, v in report.arrays().items()}
+    _save(Path(path), {name: report.to_json() for name, report in both.items()}, arrays)
 
 
 def load_pair(path: str | Path) -> tuple[Report, Report]:
     """Read what `save_pair` wrote: (before, after). Raises UserError when there is none."""
-    value, verdicts = _load(Path(path))
+    value, arrays = _load(Path(path))
     if not {"before", "after"} <= value.keys():
         raise UserError(f"{path} does not hold a report before and one after", "`robustify finetune` writes both")
 
     def part(name: str) -> Report:
-        mine = {key.removeprefix(f"{name}:"): v for key, v in verdicts.items() if key.startswith(f"{name}:")}
+        mine = {key.removeprefix(f"{name}:"): v for key, v in arrays.items() if key.startswith(f"{name}:")}
         return Report.from_json(value[name], mine)
 
     return part("before"), part("after")

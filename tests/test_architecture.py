@@ -24,8 +24,8 @@ LAYERS = [
     {"errors", "rng", "threat", "losses", "pixels", "modes", "gradients", "files", "shelf"},
     {"attacks", "sensitivity"},
     {"methods", "sources", "registry", "nets", "layers", "data", "augment", "splits", "images", "folders", "cifar", "arrays", "report", "verify"},  # what feeds a run
-    {"recipe", "schedules", "distributed", "events", "checkpoints", "export", "card", "front_matter"},
-    {"train", "evaluation"},
+    {"recipe", "schedules", "distributed", "events", "checkpoints", "export", "card", "front_matter", "pieces", "sanity"},
+    {"train", "evaluation", "measure", "recheck"},
     {"pipeline"},
     {"api", "console"},
     {"cli", "", "__main__"},

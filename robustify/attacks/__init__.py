@@ -8,8 +8,11 @@ from typing import Any
 
 import yaml
 
+from robustify.attacks.autoattack import apgd_ce, apgd_t, autoattack, fab_t, square, standard
+from robustify.attacks.cascade import Cascade, Stage
 from robustify.attacks.fgsm import fgsm
 from robustify.attacks.pgd import pgd
+from robustify.attacks.screen import screen, screen_stages
 from robustify.attacks.w_pgd import w_fgsm, w_pgd
 from robustify.errors import UserError, nearest
 from robustify.losses import LOSSES
@@ -18,18 +21,29 @@ from robustify.threat import ThreatModel
 
 @dataclass(frozen=True)
 class AttackInfo:
-    """run: the function. distributional: it shares one budget over the whole set, so it wants the whole set at once."""
+    """run: the function. distributional: it shares one budget over the whole set, so it wants the whole set at once.
+
+    cascade: for an attack that is several in turn: (threat, number of classes, **settings) -> which.
+    """
 
     run: Callable[..., Any]
     summary: str
     paper: str
     distributional: bool = False
     norms: tuple[str, ...] = ("Linf", "L2", "L1")
+    cascade: Callable[..., Cascade] | None = None
 
 
+_CROCE = "Croce and Hein 2020, arXiv 2003.01690"
 ATTACKS: dict[str, AttackInfo] = {
     "fgsm": AttackInfo(fgsm, "one step of steepest ascent", "Goodfellow et al. 2015, arXiv 1412.6572"),
     "pgd": AttackInfo(pgd, "projected gradient ascent with restarts, best per example", "Madry et al. 2018, arXiv 1706.06083"),
+    "apgd-ce": AttackInfo(apgd_ce, "PGD that sets its own step, cross entropy", _CROCE),
+    "apgd-t": AttackInfo(apgd_t, "the same on the targeted DLR loss, four classes or more", _CROCE),
+    "fab-t": AttackInfo(fab_t, "targeted search for the smallest change", "Croce and Hein 2020, arXiv 1907.02044"),
+    "square": AttackInfo(square, "random search without gradients", "Andriushchenko et al. 2020, arXiv 1912.00049"),
+    "autoattack": AttackInfo(autoattack, "the four above in turn, by their authors' code", _CROCE, cascade=standard),
+    "screen": AttackInfo(screen, "a cheap cascade: an upper bound, not AutoAttack", _CROCE, cascade=screen_stages),
     "w-fgsm": AttackInfo(
         w_fgsm, "one step, budget shared over the set", "Bai et al. 2023, arXiv 2306.09844", True, ("Linf", "L2")
     ),
@@ -70,6 +84,12 @@ class AttackSpec:
                 )
             settings[key] = _read(name, key, value, settings[key])
         return cls(name, settings)
+
+    def cascade(self, threat: ThreatModel, classes: int) -> Cascade:
+        """What runs in turn against a model of so many classes; a single attack is one stage, without a label."""
+        if self.info.cascade is not None:
+            return self.info.cascade(threat, classes, **self.settings)
+        return Cascade("", (Stage(self.name, self.info.run, self.settings),))
 
     def check(self, threat: ThreatModel) -> None:
         """Raise UserError when the attack cannot attack under this threat."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from robustify.attacks.ascent import ascend
 from robustify.gradients import input_gradient
-from robustify.losses import LOSSES
+from robustify.losses import SEARCH_LOSSES
 from robustify.modes import borrowed
 from robustify.rng import Draws, mix
 from robustify.threat import ThreatModel, uniform_in_ball
@@ -47,7 +47,7 @@ def _one_start(
     fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
     def gradient(x_adv: Tensor, _: int) -> Tensor:
-        g, logits, _ = input_gradient(model, x_adv, lambda logits: LOSSES[loss](logits, y))
+        g, logits, _ = input_gradient(model, x_adv, lambda logits: SEARCH_LOSSES[loss](logits, y))
         new = (logits.argmax(1) != y) & ~fooled
         found[new] = x_adv[new]
         fooled[new] = True

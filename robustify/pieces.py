@@ -1,0 +1,96 @@
+"""Pieces: the finished batches of an evaluation on disk, so that a killed one goes on where it was."""
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from robustify import files
+from robustify.distributed import World
+from robustify.errors import UserError
+
+Arrays = Mapping[str, np.ndarray]
+_FACTS = "evaluation.json"
+
+
+class Pieces:
+    """A folder with one .npz per finished batch, and the facts that decide whether another run may use them.
+
+    Every process writes its own pieces and reads any, so a run may go on with another number of processes.
+    """
+
+    def __init__(self, folder: Path, facts: Mapping[str, str], world: World) -> None:
+        """facts: what is evaluated, e.g. {"model": digest}. Raises UserError when the folder was begun with others."""
+        self.folder = folder
+        if world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / _FACTS).exists():
+                if any(folder.iterdir()):
+                    raise UserError(f"{folder} is not the folder of an evaluation", "name another, or remove it")
+                files.write_json(folder / _FACTS, dict(facts))
+        world.wait()
+        _same_facts(folder, facts)
+
+    def read(self, name: str) -> Arrays | None:
+        """Return the piece of that name, or None. A piece is whole or absent."""
+        path = self._path(name)
+        return _read(path) if path.exists() else None
+
+    def write(self, name: str, arrays: Arrays) -> None:
+        """Raises UserError when the disk is full."""
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # pyright: ignore[reportArgumentType]
+        files.write_bytes(self._path(name), buffer.getvalue())
+
+    def _path(self, name: str) -> Path:
+        words = re.sub(r"[^\w.]+", "-", name)
+        return self.folder / f"{words}.{hashlib.sha256(name.encode()).hexdigest()[:8]}.npz"
+
+
+def pieces_of(folder: Path, facts: Mapping[str, str]) -> Iterator[Arrays]:
+    """Yield every piece of a folder. Raises UserError when it was begun with other facts."""
+    _same_facts(folder, facts)
+    yield from (_read(path) for path in sorted(folder.glob("*.npz")))
+
+
+def facts_of(folder: Path) -> dict[str, str]:
+    """Return the facts that a folder was begun with. Raises UserError when it is not the folder of an evaluation."""
+    try:
+        return json.loads((folder / _FACTS).read_text(encoding="utf8"))
+    except FileNotFoundError:
+        raise UserError(f"no evaluation was stored in {folder}", "`robustify evaluate` can keep one") from None
+
+
+def finish(folder: Path, keep_as: Path | None = None) -> None:
+    """End an evaluation whose report is saved: remove its pieces, or give their folder the name to keep them under."""
+    if keep_as is None:
+        _remove(folder)
+        return
+    _remove(keep_as)
+    folder.rename(keep_as)
+
+
+def _remove(folder: Path) -> None:
+    """The facts go first, so what a kill leaves can't be taken for an evaluation."""
+    (folder / _FACTS).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _same_facts(folder: Path, facts: Mapping[str, str]) -> None:
+    known = facts_of(folder)
+    other = [name for name, value in facts.items() if known.get(name) != value]
+    if other:
+        shown = "; ".join(f"{name}: {known.get(name)} there, {facts[name]} here" for name in other)
+        hint = "go on with what it was begun with, or remove the folder to begin anew"
+        raise UserError(f"the evaluation in {folder} was begun with another {' and '.join(other)} ({shown})", hint)
+
+
+def _read(path: Path) -> Arrays:
+    with np.load(path) as found:
+        return {name: found[name] for name in found.files}
