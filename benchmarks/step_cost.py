@@ -26,9 +26,10 @@ from robustify import data as datasets
 from robustify import layers, sources
 from robustify.data import batches, from_tensors
 from robustify.distributed import World, make_accelerator
+from robustify.gradients import input_gradient
 from robustify.losses import ce
 from robustify.methods import FastAt, PgdAt, Trades, Wasserstein
-from robustify.modes import borrowed
+from robustify.modes import Shadow, borrowed
 from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
 from robustify.report import environment
@@ -92,16 +93,38 @@ def overhead(setup: Setup, x: torch.Tensor, y: torch.Tensor, batch: int) -> floa
     from robustify.augment import augment
     from robustify.rng import Draws
 
-    data = from_tensors(((x * 255).byte(), y), ((x * 255).byte(), y), ((x * 255).byte(), y))
+    pixels, labels = (x * 255).byte().cpu(), y.cpu()
+    data = from_tensors((pixels, labels), (pixels, labels), (pixels, labels)).to(x.device)
     with tempfile.TemporaryDirectory() as folder:
         log = _Metrics(Path(folder) / "metrics.jsonl", None, World())
         begin = time.perf_counter()
-        for i, (images, _) in enumerate(batches(data.train, [list(range(batch))] * 20, "cpu")):
-            augment(images, "crop-flip", Draws(i))
+        for i, (images, _) in enumerate(batches(data.train, [list(range(batch))] * 20, x.device)):
+            augment(images, "crop-flip", Draws(i, images.device))
             log.write(step=i, epoch=1, lr=0.1, total=1.0, ce=1.0, kl=1.0)
         took = (time.perf_counter() - begin) / 20
         log.close()
     return took
+
+
+def compiled_gain(model: PixelModel, x: torch.Tensor, y: torch.Tensor, rounds: int) -> dict[str, float]:
+    """F+Bin of the frozen bf16 shadow, eager and through torch.compile, in turn: medians, and what compiling took."""
+    shadow = Shadow(model).model
+    todo = {"eager": shadow, "compiled": torch.compile(shadow)}
+    times: dict[str, list[float]] = {name: [] for name in todo}
+    for _ in range(rounds + 1):
+        for name, net in todo.items():
+            times[name].append(timed(lambda net=net: input_gradient(net, x, lambda logits: ce(logits, y))))
+    first = times["compiled"][0]
+    eager, fast = (statistics.median(times[name][1:]) for name in todo)
+    return {"eager_s": eager, "compiled_s": fast, "gain": eager / fast, "first_call_s": first}
+
+
+def timed(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
 
 
 def main() -> None:
@@ -111,12 +134,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=10, help="K of the iterative attacks")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="also what torch.compile gains on the attack's passes")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     checkpoint = sources.load(args.model)
     model = checkpoint.model
     data = datasets.load(args.data, input_size=checkpoint.input_size)
-    x, y = data.train.batch(torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[: args.batch].tolist())
+    device = make_accelerator().device
+    model.to(device)
+    chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[: args.batch].tolist()
+    x, y = (t.to(device) for t in data.train.batch(chosen))
     methods = [FastAt(), PgdAt(steps=args.steps), Trades(steps=args.steps), Wasserstein(steps=args.steps)]
     todo: dict[str, Callable[[], object]] = passes(model, x, y)
     for method in methods:
@@ -126,10 +153,9 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in todo}
     for round_ in range(args.rounds + 1):
         for name, work in todo.items():
-            begin = time.perf_counter()
-            work()
+            took = timed(work)
             if round_:  # the first warms up
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(took)
         print(f"round {round_} of {args.rounds}", file=sys.stderr, flush=True)
     median = {name: statistics.median(values) for name, values in times.items()}
     rows = []
@@ -145,8 +171,14 @@ def main() -> None:
     for row in rows:
         print(f"{row['method']:12} {row['floor_s']:8.2f} {row['fp32_over_floor']:11.3f} {row['fp32_over_bf16']:10.2f} {row['cosine']:16.4f}")
     print(f"data, augmentation and log: {100 * extra:.2f} % of a fast-at step")
+    compiled = compiled_gain(model, x, y, args.rounds) if args.compile else None
+    if compiled:
+        print("bf16 F+Bin: torch.compile {gain:.2f} times eager, first call {first_call_s:.0f} s".format(**compiled))
     if args.out:
-        result = {"settings": vars(args) | {"out": None}, "environment": environment(), "seconds": times, "rows": rows, "overhead_of_fast_at": extra}
+        result = {
+            "settings": vars(args) | {"out": None}, "environment": environment(str(device)), "seconds": times, "rows": rows,
+            "overhead_of_fast_at": extra, "compiled": compiled,
+        }
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

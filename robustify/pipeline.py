@@ -68,7 +68,8 @@ def finetune(
     folder = Path(out if resume in ("auto", "never") else resume)
     checkpoint_at = world.on_main(lambda: _open_folder(folder, recipe, resume, force))
     if recipe.train.tracker:
-        accelerator.init_trackers("robustify", recipe.to_dict())
+        simple = {key: v if isinstance(v, (int, float, str, bool)) else str(v) for key, v in _flat(recipe.to_dict()).items()}
+        accelerator.init_trackers("robustify", simple)
     tell: Listener = listener if world.is_main else lambda event: None
     with memory_explained(recipe):
         with main_first(world):

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The experiments that wait for a GPU, most valuable first, each a few minutes; results are written as they come.
+#
+#   benchmarks/gpu_queue.sh RESULTS_DIR [FIRST [LAST]]      run entries FIRST..LAST (default: all)
+#
+# Needs: robustify installed with a CUDA torch; CIFAR-10 as DATA (default cifar10; `folder:cifar10_jpeg` does too).
+# A robust ResNet-18 made by entry 2 is the start of entries 4 to 6.
+set -u
+out=${1:?where the results go}; first=${2:-1}; last=${3:-99}; data=${DATA:-cifar10}
+mkdir -p "$out"
+entry() { # number, name, command...
+  local number=$1 name=$2; shift 2
+  [ "$number" -ge "$first" ] && [ "$number" -le "$last" ] || return 0
+  echo "== $number $name: $*" | tee -a "$out/queue.log"
+  local begin=$SECONDS
+  "$@" > "$out/$number-$name.log" 2>&1
+  echo "   exit $? after $((SECONDS - begin)) s" | tee -a "$out/queue.log"
+}
+r18=robustbench_cifar10_linf_sehwag2021proxy_r18
+wrn=robustbench_cifar10_linf_zhang2019theoretically
+evals=(--set eval.n=2000 --set 'eval.attacks=[clean, fgsm, "pgd:steps=50", w-pgd]')
+
+entry 1 step-cost python benchmarks/step_cost.py --model "$r18" --data "$data" --batch 512 --compile --out "$out/step_cost.json"
+entry 2 r18-trades robustify finetune --model "$r18" --set model.pretrained=false --data "$data" --method trades --epochs 30 \
+  --precision bf16 --set train.lr=0.1 --set train.schedule=cyclic --set train.batch_size=256 "${evals[@]}" -o "$out/r18-trades"
+entry 3 wrn-fast-at robustify finetune --model "$wrn" --set model.pretrained=false --data "$data" --method fast-at --epochs 15 \
+  --precision bf16 --set train.lr=0.1 --set train.schedule=cyclic "${evals[@]}" -o "$out/wrn-fast-at"
+entry 4 r18-wasserstein-full robustify finetune cifar10-wasserstein --model "$out/r18-trades" --data "$data" "${evals[@]}" -o "$out/r18-w-full"
+entry 5 r18-wasserstein-last robustify finetune cifar10-wasserstein --model "$out/r18-trades" --data "$data" --layers last "${evals[@]}" -o "$out/r18-w-last"
+entry 6 r18-trades-control robustify finetune cifar10-trades --model "$out/r18-trades" --data "$data" "${evals[@]}" -o "$out/r18-t-full"
+entry 7 step-cost-wrn python benchmarks/step_cost.py --model "$wrn" --data "$data" --batch 256 --compile --out "$out/step_cost_wrn.json"
