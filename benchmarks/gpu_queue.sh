@@ -20,7 +20,7 @@ r18=robustbench_cifar10_linf_sehwag2021proxy_r18
 wrn=robustbench_cifar10_linf_zhang2019theoretically
 evals=(--set eval.n=2000 --set 'eval.attacks=[clean, fgsm, "pgd:steps=50", w-pgd]')
 
-entry 1 step-cost python benchmarks/step_cost.py --model "$r18" --data "$data" --batch 512 --compile --out "$out/step_cost.json"
+entry 1 step-cost python benchmarks/step_cost.py --model "$r18" --random --data "$data" --batch 512 --compile --out "$out/step_cost.json"
 entry 2 r18-trades robustify finetune --model "$r18" --set model.pretrained=false --data "$data" --method trades --epochs 30 \
   --precision bf16 --set train.lr=0.1 --set train.schedule=cyclic --set train.batch_size=256 "${evals[@]}" -o "$out/r18-trades"
 entry 3 wrn-fast-at robustify finetune --model "$wrn" --set model.pretrained=false --data "$data" --method fast-at --epochs 15 \
@@ -28,4 +28,5 @@ entry 3 wrn-fast-at robustify finetune --model "$wrn" --set model.pretrained=fal
 entry 4 r18-wasserstein-full robustify finetune cifar10-wasserstein --model "$out/r18-trades" --data "$data" "${evals[@]}" -o "$out/r18-w-full"
 entry 5 r18-wasserstein-last robustify finetune cifar10-wasserstein --model "$out/r18-trades" --data "$data" --layers last "${evals[@]}" -o "$out/r18-w-last"
 entry 6 r18-trades-control robustify finetune cifar10-trades --model "$out/r18-trades" --data "$data" "${evals[@]}" -o "$out/r18-t-full"
-entry 7 step-cost-wrn python benchmarks/step_cost.py --model "$wrn" --data "$data" --batch 256 --compile --out "$out/step_cost_wrn.json"
+entry 7 step-cost-wrn python benchmarks/step_cost.py --model "$wrn" --random --data "$data" --batch 256 --compile --out "$out/step_cost_wrn.json"
+entry 8 step-cost-cosine python benchmarks/step_cost.py --model "$out/r18-trades" --data "$data" --batch 512 --out "$out/step_cost_trained.json"

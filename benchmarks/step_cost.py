@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -129,7 +130,8 @@ def timed(work: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="as in robustify finetune --model; a trained one, or the cosine means nothing")
+    parser.add_argument("--model", required=True, help="as in robustify finetune --model")
+    parser.add_argument("--random", action="store_true", help="random weights: times only, no cosine")
     parser.add_argument("--data", required=True, help="as in robustify finetune --data")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=10, help="K of the iterative attacks")
@@ -137,7 +139,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also what torch.compile gains on the attack's passes")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    checkpoint = sources.load(args.model)
+    checkpoint = sources.load(args.model, pretrained=not args.random)
     model = checkpoint.model
     data = datasets.load(args.data, input_size=checkpoint.input_size)
     device = make_accelerator().device
@@ -162,7 +164,7 @@ def main() -> None:
     for method in methods:
         low = floor(method.name, args.steps, median)
         fp32, bf16 = median[f"{method.name} no"], median[f"{method.name} bf16"]
-        cosine = gradient_cosine(model, method, (x, y))
+        cosine = math.nan if args.random else gradient_cosine(model, method, (x, y))
         rows.append({"method": method.name, "floor_s": low, "fp32_over_floor": fp32 / low, "fp32_over_bf16": fp32 / bf16, "cosine": cosine})
     extra = overhead(setup_for(model, methods[0], "no", args.batch), x, y, args.batch) / median["fast-at no"]
     print(f"{args.model}, batch {args.batch}, K = {args.steps}, {args.rounds} rounds, {torch.get_num_threads()} threads")
