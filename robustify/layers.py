@@ -23,9 +23,9 @@ class Selection:
 def find_classifier(net: nn.Module, x: Tensor) -> list[str]:
     """Return the module names of the last layer(s), found by structure: whose output is the logits.
 
-    x: a batch of images as the network takes them. Looks for the linear layer or convolution whose flattened output
-    equals the logits; if there is none (a scaled output, or two distilled heads that are averaged), for those of the last
-    level with as many outputs as there are classes. Raises UserError when there is no such layer.
+    x: a batch of images as the network takes them. Looks for the linear layer or convolution whose output
+    equals the logits, perhaps averaged over positions; then for two heads whose mean they are (distillation); then for
+    the last layer with as many outputs as there are classes (a scaled output). Raises UserError when there is no such layer.
     """
     seen: list[tuple[str, Tensor]] = []
     names = {module: name for name, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))}
@@ -41,12 +41,13 @@ def find_classifier(net: nn.Module, x: Tensor) -> list[str]:
         for m in was_training:
             m.training = True
     logits = logits.detach()
-    candidates = [(name, out.flatten(1)) for name, out in seen if out.numel() == logits.numel() and len(out) == len(logits)]
-    exact = [name for name, out in candidates if torch.equal(out, logits.flatten(1))]
+    pooled = [(name, _pooled(out, logits.shape[1])) for name, out in seen if len(out) == len(logits)]
+    candidates = [(name, out) for name, out in pooled if out is not None]
+    exact = [name for name, out in candidates if _close(out, logits)]
     if exact:
         return exact[-1:]
     pair = candidates[-2:]
-    if len(pair) == 2 and torch.allclose((pair[0][1] + pair[1][1]) / 2, logits.flatten(1), rtol=1e-4, atol=1e-5):
+    if len(pair) == 2 and _close((pair[0][1] + pair[1][1]) / 2, logits):
         return [name for name, _ in pair]
     if candidates:
         return [candidates[-1][0]]
@@ -54,6 +55,17 @@ def find_classifier(net: nn.Module, x: Tensor) -> list[str]:
         f"{type(net).__name__} has no linear or convolutional layer with {logits.shape[1]} outputs at its end",
         "name the layers to train, for instance --layers 'head*', or take --layers full",
     )
+
+
+def _pooled(out: Tensor, classes: int) -> Tensor | None:
+    """A layer's output as one row per image, averaged over positions or tokens; None when it has not `classes` channels."""
+    if out.ndim == 3 and out.shape[2] == classes:  # tokens
+        return out.mean(1)
+    return out.flatten(2).mean(2) if out.ndim > 2 and out.shape[1] == classes else out if out.shape[1:] == (classes,) else None
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def select(net: nn.Module, layers: str, classifier: list[str]) -> Selection:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_net
+from helpers import tiny_net
 from torch import nn
 
 from robustify import layers
@@ -51,8 +51,6 @@ class NoLinear(nn.Module):
 )
 def test_the_classifier_is_found_by_structure(net, wanted):
     net.train()
-    if isinstance(net[0] if isinstance(net, nn.Sequential) else None, nn.Conv2d) and wanted == ["0"]:
-        pytest.skip("a convolution before the pooling has a larger output; named by a pattern")
     assert layers.find_classifier(net, X) == wanted
     assert net.training
 
@@ -99,4 +97,4 @@ def test_weight_noise_has_the_size_it_says():
     net, plain = nn.Linear(400, 400), None
     plain = net.weight.detach().clone()
     layers.add_weight_noise(net, 0.1, 0)
-    assert float((net.weight - plain).std() / plain.std()) == pytest.approx(0.1, rel=0.05)
+    assert float(((net.weight - plain).std() / plain.std()).detach()) == pytest.approx(0.1, rel=0.05)

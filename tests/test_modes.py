@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_net
+from helpers import tiny_net
 from torch import nn
 
 from robustify.attacks import ATTACKS, fgsm

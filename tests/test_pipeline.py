@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import tiny_net, toy_data
+from helpers import tiny_net, toy_data
 from safetensors.torch import load_file
 
 import robustify

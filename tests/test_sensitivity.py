@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import Linear
+from helpers import Linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

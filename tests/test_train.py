@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_net, toy_data
+from helpers import tiny_net, toy_data
 from torch import nn
 
 from robustify import layers

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import Linear, tiny_net
+from helpers import Linear, tiny_net
 
 from robustify.attacks import fgsm, pgd, w_fgsm, w_pgd
 from robustify.evaluation import counted

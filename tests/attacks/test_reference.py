@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assets_folder
+from helpers import assets_folder
 
 from robustify.attacks import w_pgd
 from robustify.gradients import gradient_norms

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import tiny_net, toy_data
+from helpers import tiny_net, toy_data
 
 from robustify import layers
 from robustify.data import from_tensors

@@ -1,0 +1,227 @@
+"""Evaluations resume with the same report, refuse what does not fit, and their stored images can be checked again."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_net, toy_data
+from torch import nn
+
+from robustify import measure, pieces
+from robustify.attacks import AttackSpec, pgd
+from robustify.data import from_tensors
+from robustify.errors import UserError
+from robustify.evaluation import counted, evaluate
+from robustify.recheck import recheck
+from robustify.report import Report, load_pair, save_pair
+from robustify.threat import ThreatModel
+
+ATTACKS = ["fgsm", "pgd:steps=3,restarts=2", "autoattack:steps=2,queries=4,targets=2", "w-pgd:steps=3"]
+THREAT = ThreatModel.parse("Linf:2/255")
+BATCH = 16
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    net = tiny_net()
+    with torch.no_grad():
+        net.eval()[6].bias.sub_(net(toy_data(60)[0]).mean(0))
+        net[6].weight.mul_(8)
+    return net
+
+
+@pytest.fixture
+def split(model):
+    x, _ = toy_data(60)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    y[::7] = (y[::7] + 1) % 4
+    return from_tensors((x, y), (x, y), (x, y)).test
+
+
+def measured(model, split, **more) -> Report:
+    return evaluate(model, split, ATTACKS, THREAT, **{"batch_size": BATCH, "seed": 2, **more})
+
+
+def same(one: Report, other: Report) -> bool:
+    return (
+        one.digest() == other.digest() and one.notes == other.notes and one.checks == other.checks
+        and all(np.array_equal(value, other.arrays()[key]) for key, value in one.arrays().items())
+    )
+
+
+def test_an_image_counts_only_when_it_is_right_clean_and_perturbed(model, split):
+    report = measured(model, split)
+    clean = report.verdicts["clean"]
+    assert 0 < report.rows[0].correct < len(clean)
+    for row in report.rows[1:]:
+        assert not (report.verdicts[row.key] & ~clean).any()
+    assert 0 < report.rows[2].correct < report.rows[0].correct
+    assert {row.kind for row in report.rows} == {"clean", "pointwise", "distributional"}
+
+
+def test_pointwise_attacks_never_see_what_is_wrong_when_clean(model, split):
+    report = evaluate(model, split, ["fgsm"], THREAT, batch_size=BATCH)
+    share = report.rows[0].accuracy
+    assert report.rows[1].passes == {"forward": pytest.approx(2 * share, abs=1e-3), "backward": pytest.approx(share, abs=1e-3)}
+
+
+def test_passes_are_those_that_went_through_the_model(model, split):
+    with counted(model) as passes:
+        report = evaluate(model, split, ["pgd:steps=3"], THREAT, batch_size=BATCH)
+    told = sum(row.passes["forward"] for row in report.rows) * len(split)
+    assert passes.forward == pytest.approx(told, abs=0.1)
+
+
+def test_distances_are_the_sizes_of_what_fooled(model, split):
+    report = measured(model, split)
+    for row in report.rows:
+        if row.kind != "pointwise":
+            assert row.key not in report.distances
+            continue
+        size, held = report.distances[row.key], report.verdicts[row.key]
+        assert (np.isinf(size) == held).all()
+        assert (size[~report.verdicts["clean"]] == 0).all()
+        assert (size[~held] <= THREAT.eps * 1.0001).all()
+
+
+def test_the_batches_may_be_attacked_in_any_number_of_runs(model, split, tmp_path, monkeypatch):
+    """Killed after each batch anew, it ends with the same report as when nothing happened."""
+    whole = measured(model, split, check=True, resume_folder=tmp_path / "whole")
+    assert same(whole, measured(model, split, check=True))
+    attack, calls = measure._attack, []
+
+    def killed(*arguments):
+        if len(calls) % 2:
+            calls.append("killed")
+            raise KeyboardInterrupt
+        calls.append("attacked")
+        return attack(*arguments)
+
+    monkeypatch.setattr(measure, "_attack", killed)
+    folder = tmp_path / "report.json.partial"
+    for _ in range(100):
+        try:
+            resumed = measured(model, split, check=True, resume_folder=folder)
+            break
+        except KeyboardInterrupt:
+            assert folder.is_dir()
+    assert calls.count("killed") >= 5
+    assert same(whole, resumed)
+    with counted(model) as passes:
+        again = measured(model, split, resume_folder=folder)
+    assert passes.forward == len(split) + 7 * len(split)  # the clean pass and pyautoattack's checks
+    assert again.digest() == whole.digest()
+    pieces.finish(folder)
+    assert not folder.exists()
+
+
+def test_resuming_with_anything_else_is_refused(model, split, tmp_path):
+    folder = tmp_path / "partial"
+    measured(model, split, resume_folder=folder)
+    for what, more in [("settings", {"seed": 3}), ("settings", {"batch_size": 8}), ("settings", {"keep_adversarials": True})]:
+        with pytest.raises(UserError, match=f"another {what}"):
+            measured(model, split, resume_folder=folder, **more)
+    other = from_tensors(*[(1 - split.images, split.labels)] * 3).test
+    with pytest.raises(UserError, match="another data"):
+        measured(model, other, resume_folder=folder)
+    with torch.no_grad():
+        next(model.parameters())[0] += 1e-6
+    with pytest.raises(UserError, match="another model"):
+        measured(model, split, resume_folder=folder)
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    (strange / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="not the folder of an evaluation"):
+        measured(model, split, resume_folder=strange)
+    assert (strange / "thesis.tex").exists()
+
+
+def test_stored_images_give_the_verdicts_again(model, split, tmp_path):
+    folder, kept = tmp_path / "partial", tmp_path / "report.adversarials"
+    report = measured(model, split, n=50, resume_folder=folder, keep_adversarials=True)
+    pieces.finish(folder, kept)
+    assert not folder.exists()
+    found = recheck(model, split, report, kept)
+    assert set(found) == {row.key for row in report.rows if row.kind == "pointwise"}
+    assert set(found.values()) == {0}
+    key = report.rows[2].key
+    wrong = {**report.verdicts, key: ~report.verdicts[key]}
+    forged = Report.from_json({**report.to_json(), "rows": [
+        {**row, "correct": int(wrong[kind].sum()) if (kind := report.rows[i].key) == key else row["correct"]}
+        for i, row in enumerate(report.to_json()["rows"])
+    ]}, wrong)
+    assert recheck(model, split, forged, kept)[key] == 50
+    with torch.no_grad():
+        next(model.parameters())[0] += 0.1
+    with pytest.raises(UserError, match="another model"):
+        recheck(model, split, report, kept)
+    with pytest.raises(UserError, match="no evaluation was stored"):
+        recheck(model, split, report, tmp_path / "nothing")
+
+
+def test_stored_images_must_keep_their_budget(model, split, tmp_path):
+    report = measured(model, split, resume_folder=tmp_path, keep_adversarials=True)
+    path = next(path for path in tmp_path.glob("fgsm*.npz"))
+    with np.load(path) as arrays:
+        piece = dict(arrays)
+    piece["x_adv"] = 1 - piece["x_adv"]
+    np.savez_compressed(path, **piece)
+    with pytest.raises(AssertionError, match="budget"):
+        recheck(model, split, report, tmp_path)
+
+
+def test_what_is_per_example_survives_the_disk(model, split, tmp_path):
+    report = measured(model, split, check=True)
+    report.save(tmp_path / "report.json")
+    assert same(report, Report.load(tmp_path / "report.json"))
+    save_pair(tmp_path / "pair.json", report, report)
+    assert all(same(report, part) for part in load_pair(tmp_path / "pair.json"))
+
+
+def test_the_same_attack_with_other_settings_has_a_row_of_its_own(model, split):
+    report = evaluate(model, split, ["pgd:steps=1", "pgd:steps=3", "pgd:steps=3"], THREAT, batch_size=BATCH)
+    assert [row.attack for row in report.rows] == ["clean", "pgd", str(AttackSpec.parse("pgd:steps=3"))]
+
+
+def test_a_fast_search_has_exact_verdicts_and_says_so(model, split):
+    report = evaluate(model, split, ["pgd:steps=3"], THREAT, batch_size=BATCH, fast_search=True)
+    assert report.rows[1].settings["search"] == "bf16"
+    assert any("bfloat16" in note for note in report.notes)
+    assert next(model.parameters()).dtype == torch.float32
+    slow = evaluate(model, split, ["pgd:steps=3"], THREAT, batch_size=BATCH)
+    assert abs(report.rows[1].correct - slow.rows[1].correct) <= 4
+    assert report.rows[1].passes["backward"] == slow.rows[1].passes["backward"]
+
+
+def test_bad_input_is_refused(model, split):
+    with pytest.raises(UserError, match="asked for 61 images"):
+        evaluate(model, split, ["fgsm"], THREAT, n=61)
+    with pytest.raises(UserError, match="the model has 4 classes"):
+        evaluate(model, from_tensors(*[toy_data(30, 5)] * 3).test, ["fgsm"], THREAT)
+    with pytest.raises(UserError, match="unknown attack"):
+        evaluate(model, split, ["autoatack"], THREAT)
+    with pytest.raises(UserError, match="not one row of logits"):
+        evaluate(model[:5], split, ["fgsm"], THREAT)
+
+
+def test_the_same_verdicts_as_torchattacks_pgd(model, split):
+    """Without a random start both climb the same path, whose last image is what torchattacks returns."""
+    torchattacks = pytest.importorskip("torchattacks")
+    x, y = split.batch(range(60))
+    theirs = torchattacks.PGD(model, eps=THREAT.eps, alpha=THREAT.eps / 4, steps=10, random_start=False)(x, y)
+    zero = ThreatModel("Linf", THREAT.eps)
+
+    class Centre:
+        def uniform(self, x):
+            return torch.full_like(x, 0.5)
+
+    import robustify.attacks.pgd as module
+    before = module.Draws
+    module.Draws = lambda *_: Centre()
+    try:
+        ours = pgd(model, x, y, threat=zero, steps=10, step_ratio=2.5)
+    finally:
+        module.Draws = before
+    assert torch.equal(model(ours).argmax(1) == y, (model(theirs).argmax(1) == y) & (model(ours).argmax(1) == y))
+    assert abs(int((model(ours).argmax(1) == y).sum()) - int((model(theirs).argmax(1) == y).sum())) <= 2
