@@ -102,11 +102,12 @@ def evaluate(
         checks, more = json.loads(found)
         notes += more
     if resume_folder is not None:
-        settings = {
-            "attacks": [f"{spec} {threat.spec}" for _, spec, threat in plan], "n": len(run.chosen), "seed": seed,
-            "batch_size": batch_size, "fast_search": fast_search, "keep_adversarials": keep_adversarials,
+        facts = {
+            "model": model_digest(model), "data": clean.data, "n": len(run.chosen), "seed": seed,
+            "batch_size": batch_size,
+            "attacks": [f"{spec} {threat.spec}" for _, spec, threat in plan],
+            "fast_search": fast_search, "keep_adversarials": keep_adversarials,
         }
-        facts = {"model": model_digest(model), "data": clean.data, "settings": json.dumps(settings)}
         run.pieces = Pieces(Path(resume_folder), facts, world)
     rows, verdicts = [clean.row], {clean.row.key: clean.right}
     distances: dict[str, np.ndarray] = {}

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from robustify.distributed import World
 from robustify.errors import UserError
 
 Arrays = Mapping[str, np.ndarray]
+Facts = Mapping[str, Any]  # of JSON's types
 _FACTS = "evaluation.json"
 
 
@@ -25,8 +27,8 @@ class Pieces:
     Every process writes its own pieces and reads any, so a run may go on with another number of processes.
     """
 
-    def __init__(self, folder: Path, facts: Mapping[str, str], world: World) -> None:
-        """facts: what is evaluated, e.g. {"model": digest}. Raises UserError when the folder was begun with others."""
+    def __init__(self, folder: Path, facts: Facts, world: World) -> None:
+        """facts: what is evaluated, e.g. {"seed": 0}. Raises UserError when the folder was begun with others."""
         self.folder = folder
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -53,13 +55,13 @@ class Pieces:
         return self.folder / f"{words}.{hashlib.sha256(name.encode()).hexdigest()[:8]}.npz"
 
 
-def pieces_of(folder: Path, facts: Mapping[str, str]) -> Iterator[Arrays]:
+def pieces_of(folder: Path, facts: Facts) -> Iterator[Arrays]:
     """Yield every piece of a folder. Raises UserError when it was begun with other facts."""
     _same_facts(folder, facts)
     yield from (_read(path) for path in sorted(folder.glob("*.npz")))
 
 
-def facts_of(folder: Path) -> dict[str, str]:
+def facts_of(folder: Path) -> Facts:
     """Return the facts that a folder was begun with. Raises UserError when it is not the folder of an evaluation."""
     try:
         return json.loads((folder / _FACTS).read_text(encoding="utf8"))
@@ -82,7 +84,7 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _same_facts(folder: Path, facts: Mapping[str, str]) -> None:
+def _same_facts(folder: Path, facts: Facts) -> None:
     known = facts_of(folder)
     other = [name for name, value in facts.items() if known.get(name) != value]
     if other:

@@ -1,7 +1,6 @@
 """Verdicts again, from the adversarial images that an evaluation kept."""
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,11 +25,10 @@ def recheck(
     folder: what `pieces.finish` kept. Every stored image is checked against its budget and classified again, in full
     precision and in the same batches. Raises UserError when there are no images, or the model or data are others.
     """
-    settings = json.loads(facts_of(folder)["settings"])
-    run = Run(
-        model, split, sample(len(split), settings["n"], settings["seed"]), settings["batch_size"], settings["seed"],
-        World(), tell or (lambda stage, done, total: None), model, workers,
-    )
+    facts = facts_of(folder)
+    chosen = sample(len(split), facts["n"], facts["seed"])
+    tell = tell or (lambda stage, done, total: None)
+    run = Run(model, split, chosen, facts["batch_size"], facts["seed"], World(), tell, model, workers)
     clean = measure_clean(run)
     held: dict[str, np.ndarray] = {}
     for piece in pieces_of(folder, {"model": model_digest(model), "data": clean.data}):

@@ -1,6 +1,8 @@
 """Evaluations resume with the same report, refuse what does not fit, and their stored images can be checked again."""
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -62,8 +64,8 @@ def test_an_image_counts_only_when_it_is_right_clean_and_perturbed(model, split)
 
 def test_pointwise_attacks_never_see_what_is_wrong_when_clean(model, split):
     report = evaluate(model, split, ["fgsm"], THREAT, batch_size=BATCH)
-    share = report.rows[0].accuracy
-    assert report.rows[1].passes == {"forward": pytest.approx(2 * share, abs=1e-3), "backward": pytest.approx(share, abs=1e-3)}
+    share = round(report.rows[0].accuracy, 3)
+    assert report.rows[1].passes == {"forward": pytest.approx(2 * share, abs=2e-3), "backward": share}
 
 
 def test_passes_are_those_that_went_through_the_model(model, split):
@@ -119,9 +121,11 @@ def test_the_batches_may_be_attacked_in_any_number_of_runs(model, split, tmp_pat
 def test_resuming_with_anything_else_is_refused(model, split, tmp_path):
     folder = tmp_path / "partial"
     measured(model, split, resume_folder=folder)
-    for what, more in [("settings", {"seed": 3}), ("settings", {"batch_size": 8}), ("settings", {"keep_adversarials": True})]:
-        with pytest.raises(UserError, match=f"another {what}"):
-            measured(model, split, resume_folder=folder, **more)
+    for name, value in [("seed", 3), ("batch_size", 8), ("keep_adversarials", True), ("fast_search", True), ("n", 50)]:
+        with pytest.raises(UserError, match=f"another .*{name}.*{value} here"):
+            measured(model, split, resume_folder=folder, **{name: value})
+    with pytest.raises(UserError, match="another attacks"):
+        evaluate(model, split, ["fgsm"], THREAT, batch_size=BATCH, seed=2, resume_folder=folder)
     other = from_tensors(*[(1 - split.images, split.labels)] * 3).test
     with pytest.raises(UserError, match="another data"):
         measured(model, other, resume_folder=folder)
@@ -205,23 +209,27 @@ def test_bad_input_is_refused(model, split):
         evaluate(model[:5], split, ["fgsm"], THREAT)
 
 
-def test_the_same_verdicts_as_torchattacks_pgd(model, split):
-    """Without a random start both climb the same path, whose last image is what torchattacks returns."""
+@pytest.fixture
+def from_the_centre(monkeypatch):
+    """PGD without its random start, so that others climb the same path."""
+    monkeypatch.setattr(sys.modules["robustify.attacks.pgd"], "uniform_in_ball", lambda x, *_: torch.zeros_like(x))
+
+
+def test_the_same_images_as_torchattacks_pgd(model, split, from_the_centre):
     torchattacks = pytest.importorskip("torchattacks")
     x, y = split.batch(range(60))
     theirs = torchattacks.PGD(model, eps=THREAT.eps, alpha=THREAT.eps / 4, steps=10, random_start=False)(x, y)
-    zero = ThreatModel("Linf", THREAT.eps)
+    ours = pgd(model, x, y, threat=THREAT, steps=10)
+    held = model(ours).argmax(1) == y
+    assert 0 < held.sum() < 50
+    assert torch.allclose(ours[held], theirs[held], atol=1e-6)  # an image once fooled stays as it was then
+    assert not (held & (model(theirs).argmax(1) != y)).any()
 
-    class Centre:
-        def uniform(self, x):
-            return torch.full_like(x, 0.5)
 
-    import robustify.attacks.pgd as module
-    before = module.Draws
-    module.Draws = lambda *_: Centre()
-    try:
-        ours = pgd(model, x, y, threat=zero, steps=10, step_ratio=2.5)
-    finally:
-        module.Draws = before
-    assert torch.equal(model(ours).argmax(1) == y, (model(theirs).argmax(1) == y) & (model(ours).argmax(1) == y))
-    assert abs(int((model(ours).argmax(1) == y).sum()) - int((model(theirs).argmax(1) == y).sum())) <= 2
+def test_the_same_verdicts_as_adv_lib_pgd(model, split, from_the_centre):
+    adv_lib = pytest.importorskip("adv_lib.attacks")
+    x, y = split.batch(range(60))
+    # it does not look at the image after its last step
+    theirs = adv_lib.pgd_linf(model, x, y, THREAT.eps, steps=11, random_init=False, relative_step_size=0.25)
+    ours = pgd(model, x, y, threat=THREAT, steps=10)
+    assert torch.equal(model(ours).argmax(1) == y, model(theirs).argmax(1) == y)

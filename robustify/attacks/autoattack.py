@@ -160,7 +160,7 @@ def _run(attack: Callable[[Callable[[Tensor], Tensor]], Any], model: nn.Module, 
     devices = [x.device] if x.is_cuda else []
     with borrowed(model), torch.no_grad(), torch.random.fork_rng(devices):
         # they compute in single precision, whatever the model's
-        found = attack(lambda images: model(images.to(x.dtype))).perturb(x.float(), y)
+        found = attack(lambda images: model(images.to(x.dtype)).to(images.dtype)).perturb(x.float(), y)
     return found.to(x.dtype)
 
 
