@@ -1,4 +1,5 @@
 """The knapsack by hand, against a linear programme, and against its dual."""
+
 from __future__ import annotations
 
 import math
@@ -12,8 +13,11 @@ from hypothesis.extra.numpy import arrays
 from robustify.duality import PointwiseCurve, distributional_accuracy
 from robustify.knapsack import shares, worst_accuracy, worst_curve
 
-DISTANCES = arrays(np.float64, st.integers(1, 30), elements=st.one_of(
-    st.just(0.0), st.just(math.inf), st.sampled_from([0.1, 0.2, 0.5]), st.floats(1e-4, 2.0)))
+DISTANCES = arrays(
+    np.float64,
+    st.integers(1, 30),
+    elements=st.one_of(st.just(0.0), st.just(math.inf), st.sampled_from([0.1, 0.2, 0.5]), st.floats(1e-4, 2.0)),
+)
 ORDERS = st.sampled_from([1.1, 1.5, 2.0, 3.0, 10.0])
 RADII = st.floats(0.0, 3.0)
 
@@ -84,7 +88,8 @@ def test_the_limit_of_large_orders_is_the_pointwise_accuracy(d, delta):
     if len(d):
         assert worst_accuracy(d, delta, 2000.0) == pytest.approx(worst_accuracy(d, delta, math.inf), abs=1e-6)
         assert distributional_accuracy(PointwiseCurve.from_distances(d), delta, 2000.0)[0] == pytest.approx(
-            worst_accuracy(d, delta, math.inf), abs=1e-6)
+            worst_accuracy(d, delta, math.inf), abs=1e-6
+        )
 
 
 def test_the_dual_by_hand_and_by_sampling_the_radius():
