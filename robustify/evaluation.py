@@ -1,4 +1,5 @@
 """evaluate: what a model holds against, per example, in full precision, over any number of processes."""
+
 from __future__ import annotations
 
 import json
@@ -89,9 +90,16 @@ def evaluate(
     if keep_adversarials and resume_folder is None:
         raise ValueError("keep_adversarials needs a resume_folder")
     run = Run(
-        model, split, sample(len(split), n, seed), batch_size, seed, world, tell or (lambda stage, done, total: None),
+        model,
+        split,
+        sample(len(split), n, seed),
+        batch_size,
+        seed,
+        world,
+        tell or (lambda stage, done, total: None),
         Shadow(model if isinstance(model, PixelModel) else PixelModel(model)).model if fast_search else model,
-        workers, keep=keep_adversarials,
+        workers,
+        keep=keep_adversarials,
     )
     before = sanity.fingerprint(model)
     clean = measure_clean(run)
@@ -103,10 +111,14 @@ def evaluate(
         notes += more
     if resume_folder is not None:
         facts = {
-            "model": model_digest(model), "data": clean.data, "n": len(run.chosen), "seed": seed,
+            "model": model_digest(model),
+            "data": clean.data,
+            "n": len(run.chosen),
+            "seed": seed,
             "batch_size": batch_size,
             "attacks": [f"{spec} {threat.spec}" for _, spec, threat in plan],
-            "fast_search": fast_search, "keep_adversarials": keep_adversarials,
+            "fast_search": fast_search,
+            "keep_adversarials": keep_adversarials,
         }
         run.pieces = Pieces(Path(resume_folder), facts, world)
     rows, verdicts = [clean.row], {clean.row.key: clean.right}
@@ -129,8 +141,16 @@ def evaluate(
         notes.append("Pointwise attacks searched in bfloat16; every verdict is in full precision.")
     notes += sanity.of_rows(rows, verdicts)
     return Report(
-        model_id, data_name, split_name, rows, verdicts, environment(str(run.device)), seed,
-        notes=list(dict.fromkeys(notes)), distances=distances, checks=checks,
+        model_id,
+        data_name,
+        split_name,
+        rows,
+        verdicts,
+        environment(str(run.device)),
+        seed,
+        notes=list(dict.fromkeys(notes)),
+        distances=distances,
+        checks=checks,
     )
 
 
@@ -165,7 +185,7 @@ def _model_notes(run: Run, clean: Clean) -> list[str]:
 
 def _look_at(run: Run) -> str:
     """What the checks of the model find, as JSON: [evidence, notes]."""
-    (x, y), = run.read([np.arange(min(len(run.chosen), sanity.IMAGES))])
+    ((x, y),) = run.read([np.arange(min(len(run.chosen), sanity.IMAGES))])
     with counted(run.model) as passes:
         found = sanity.of_model(run.model, x, y, isinstance(run.model, PixelModel) and run.model.normalises)
     found.evidence.update(passes.per_image(len(x)))
@@ -173,9 +193,7 @@ def _look_at(run: Run) -> str:
 
 
 def _authors_warnings(run: Run) -> list[str]:
-    (x, y), = run.read([np.arange(min(len(run.chosen), sanity.IMAGES))])
+    ((x, y),) = run.read([np.arange(min(len(run.chosen), sanity.IMAGES))])
     with heard() as texts:
         authors_check(run.model, x, y)
     return texts
-
-

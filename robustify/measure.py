@@ -1,4 +1,5 @@
 """The rows of a report: clean, pointwise and distributional, each over this process's share of the batches."""
+
 from __future__ import annotations
 
 import time
@@ -79,7 +80,7 @@ class Run:
 
     def lists(self, rows: np.ndarray) -> list[np.ndarray]:
         """The batches that these rows of the evaluated order are cut into: the same for any number of processes."""
-        return [rows[part.start:part.stop] for part in chunks(len(rows), self.batch_size)]
+        return [rows[part.start : part.stop] for part in chunks(len(rows), self.batch_size)]
 
     def mine(self, count: int) -> range:
         """Which of so many batches are this process's."""
@@ -217,8 +218,11 @@ def _attack(run: Run, stage: Stage, threat: ThreatModel, number: int, x: Tensor,
         held = withstands(run.model, x_adv, y)
     size = norms(x_adv - x, threat.norm).float().masked_fill(held, torch.inf)
     piece = {
-        "held": held.cpu().numpy(), "distance": size.cpu().numpy(), "warnings": np.array(texts, dtype=str),
-        "forward": np.array(passes.forward), "backward": np.array(passes.backward),
+        "held": held.cpu().numpy(),
+        "distance": size.cpu().numpy(),
+        "warnings": np.array(texts, dtype=str),
+        "forward": np.array(passes.forward),
+        "backward": np.array(passes.backward),
         "seconds": np.array(time.perf_counter() - begin),
     }
     if run.keep:
@@ -245,7 +249,9 @@ def distributional(
         spent = torch.tensor([passes.forward, passes.backward], device=run.device, dtype=torch.float64)
         forward, backward = run.world.sum(spent).tolist()
         piece = {
-            "held": held, "forward": np.array(forward), "backward": np.array(backward),
+            "held": held,
+            "forward": np.array(forward),
+            "backward": np.array(backward),
             "seconds": np.array(time.perf_counter() - begin),
         }
         if run.pieces and run.world.is_main:
@@ -274,7 +280,7 @@ def _whole_set(run: Run, spec: AttackSpec, threat: ThreatModel) -> np.ndarray:
         hook.remove()
     check_budget(x, x_adv, threat, run.world)
     steps = range(0, len(x), run.batch_size)
-    found = [withstands(run.model, x_adv[i:i + run.batch_size], y[i:i + run.batch_size]).cpu() for i in steps]
+    found = [withstands(run.model, x_adv[i : i + run.batch_size], y[i : i + run.batch_size]).cpu() for i in steps]
     return _numpy(run.world, found, torch.bool)
 
 

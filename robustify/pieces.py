@@ -1,4 +1,5 @@
 """Pieces: the finished batches of an evaluation on disk, so that a killed one goes on where it was."""
+
 from __future__ import annotations
 
 import hashlib

@@ -1,4 +1,5 @@
 """Verdicts again, from the adversarial images that an evaluation kept."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -41,7 +42,7 @@ def recheck(
 
 
 def _again(run: Run, piece: Mapping[str, np.ndarray]) -> np.ndarray:
-    (x, y), = run.read([piece["rows"]])
+    ((x, y),) = run.read([piece["rows"]])
     x_adv = x.clone()
     x_adv[torch.from_numpy(piece["moved"]).to(x.device)] = torch.from_numpy(piece["x_adv"]).to(x.device)
     check_budget(x, x_adv, ThreatModel.parse(str(piece["threat"])))

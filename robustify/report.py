@@ -1,4 +1,5 @@
 """Report: what was measured, on what, under which attack; per-example verdicts, Wilson intervals, JSON."""
+
 from __future__ import annotations
 
 import dataclasses

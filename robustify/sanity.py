@@ -3,6 +3,7 @@
 Gradient masking makes a model look robust (Athalye et al., ICML 2018, section 3.1; Carlini et al. 2019, arXiv
 1902.06705): one step beats many, black box beats white box, unbounded attacks fail, gradients are zero.
 """
+
 from __future__ import annotations
 
 import hashlib

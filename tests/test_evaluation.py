@@ -1,4 +1,5 @@
 """Evaluations resume with the same report, refuse what does not fit, and their stored images can be checked again."""
+
 from __future__ import annotations
 
 import sys
@@ -47,7 +48,9 @@ def measured(model, split, **more) -> Report:
 
 def same(one: Report, other: Report) -> bool:
     return (
-        one.digest() == other.digest() and one.notes == other.notes and one.checks == other.checks
+        one.digest() == other.digest()
+        and one.notes == other.notes
+        and one.checks == other.checks
         and all(np.array_equal(value, other.arrays()[key]) for key, value in one.arrays().items())
     )
 
@@ -151,10 +154,16 @@ def test_stored_images_give_the_verdicts_again(model, split, tmp_path):
     assert set(found.values()) == {0}
     key = report.rows[2].key
     wrong = {**report.verdicts, key: ~report.verdicts[key]}
-    forged = Report.from_json({**report.to_json(), "rows": [
-        {**row, "correct": int(wrong[kind].sum()) if (kind := report.rows[i].key) == key else row["correct"]}
-        for i, row in enumerate(report.to_json()["rows"])
-    ]}, wrong)
+    forged = Report.from_json(
+        {
+            **report.to_json(),
+            "rows": [
+                {**row, "correct": int(wrong[kind].sum()) if (kind := report.rows[i].key) == key else row["correct"]}
+                for i, row in enumerate(report.to_json()["rows"])
+            ],
+        },
+        wrong,
+    )
     assert recheck(model, split, forged, kept)[key] == 50
     with torch.no_grad():
         next(model.parameters())[0] += 0.1

@@ -1,4 +1,5 @@
 """Each sign of gradient masking, and of a model that is not what it seems, is seen; a plain network shows none."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -79,7 +80,9 @@ def test_black_box_beats_white_box_where_gradients_mislead(model):
         def forward(self, x):
             return self.net(torch.round(x * 255) / 255)
 
-    report = looked_at(Quantised(model), ["pgd:steps=3", "square:queries=30", "autoattack:steps=2,queries=30,targets=1"])
+    report = looked_at(
+        Quantised(model), ["pgd:steps=3", "square:queries=30", "autoattack:steps=2,queries=30,targets=1"]
+    )
     assert any(note.startswith("Square") and "(pgd)" in note for note in report.notes), report.notes
     assert any(note.startswith("Square") and "(the three before it)" in note for note in report.notes), report.notes
 
@@ -156,7 +159,10 @@ def test_an_accuracy_like_chance_is_told():
 
 def test_warnings_of_one_kind_are_one_note():
     texts = ["there are tensor(3) points with zero gradient!", "there are 4 points with zero gradient!", "other"]
-    assert sanity.of_warnings(texts, "x") == ["x warned 2 times: there are 3 points with zero gradient!", "x warned: other"]
+    assert sanity.of_warnings(texts, "x") == [
+        "x warned 2 times: there are 3 points with zero gradient!",
+        "x warned: other",
+    ]
 
 
 @pytest.mark.assets

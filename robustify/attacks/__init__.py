@@ -1,4 +1,5 @@
 """ATTACKS names every attack. An attack is `attack(model, x, y, *, threat, ...) -> x_adv` and borrows the model itself."""
+
 from __future__ import annotations
 
 import inspect
@@ -37,7 +38,9 @@ class AttackInfo:
 _CROCE = "Croce and Hein 2020, arXiv 2003.01690"
 ATTACKS: dict[str, AttackInfo] = {
     "fgsm": AttackInfo(fgsm, "one step of steepest ascent", "Goodfellow et al. 2015, arXiv 1412.6572"),
-    "pgd": AttackInfo(pgd, "projected gradient ascent with restarts, best per example", "Madry et al. 2018, arXiv 1706.06083"),
+    "pgd": AttackInfo(
+        pgd, "projected gradient ascent with restarts, best per example", "Madry et al. 2018, arXiv 1706.06083"
+    ),
     "apgd-ce": AttackInfo(apgd_ce, "PGD that sets its own step, cross entropy", _CROCE),
     "apgd-t": AttackInfo(apgd_t, "the same on the targeted DLR loss, four classes or more", _CROCE),
     "fab-t": AttackInfo(fab_t, "targeted search for the smallest change", "Croce and Hein 2020, arXiv 1907.02044"),
@@ -72,7 +75,8 @@ class AttackSpec:
         name, _, rest = text.strip().partition(":")
         if name not in ATTACKS:
             raise UserError(
-                f"unknown attack {name!r}.{nearest(name, list(ATTACKS))}", f"attacks: clean, {', '.join(ATTACKS)}; robustify ls attacks"
+                f"unknown attack {name!r}.{nearest(name, list(ATTACKS))}",
+                f"attacks: clean, {', '.join(ATTACKS)}; robustify ls attacks",
             )
         settings = options(name)
         for item in filter(None, rest.split(",")):
@@ -94,7 +98,9 @@ class AttackSpec:
     def check(self, threat: ThreatModel) -> None:
         """Raise UserError when the attack cannot attack under this threat."""
         if threat.norm not in self.info.norms:
-            raise UserError(f"attack {self.name} does not know the norm {threat.norm}", f"norms: {', '.join(self.info.norms)}")
+            raise UserError(
+                f"attack {self.name} does not know the norm {threat.norm}", f"norms: {', '.join(self.info.norms)}"
+            )
 
     def __str__(self) -> str:
         return f"{self.name}:{','.join(f'{k}={v}' for k, v in self.settings.items())}" if self.settings else self.name
@@ -113,5 +119,8 @@ def _read(attack: str, key: str, text: str, default: Any) -> Any:
     wrong = type(value) is not type(default) or (isinstance(value, (int, float)) and value <= 0)
     if wrong or (key == "loss" and value not in LOSSES):
         allowed = ", ".join(LOSSES) if key == "loss" else f"a positive {type(default).__name__}"
-        raise UserError(f"attack {attack}: {key}={text} is not valid", f"{key} is one of {allowed}" if key == "loss" else f"{key} is {allowed}")
+        raise UserError(
+            f"attack {attack}: {key}={text} is not valid",
+            f"{key} is one of {allowed}" if key == "loss" else f"{key} is {allowed}",
+        )
     return value

@@ -7,6 +7,7 @@ that its survivors survive the full search too can only be known by running it; 
 
 Their warnings (zero gradients, and those of `check`) are Python warnings; `evaluate` puts them into the report.
 """
+
 from __future__ import annotations
 
 import sys
@@ -37,9 +38,16 @@ def apgd_ce(
 
     Under L1 it comes down from three times the radius, as the authors' standard version does (arXiv 2103.01208).
     """
+
     def attack(predict: Callable[[Tensor], Tensor]) -> Any:
         return APGDAttack(
-            predict, n_iter=steps, norm=threat.norm, n_restarts=restarts, eps=threat.eps, seed=seed, device=x.device,
+            predict,
+            n_iter=steps,
+            norm=threat.norm,
+            n_restarts=restarts,
+            eps=threat.eps,
+            seed=seed,
+            device=x.device,
             use_largereps=threat.norm == "L1",
         )
 
@@ -47,7 +55,13 @@ def apgd_ce(
 
 
 def apgd_t(
-    model: nn.Module, x: Tensor, y: Tensor, *, threat: ThreatModel, steps: int = STEPS, targets: int = TARGETS,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: ThreatModel,
+    steps: int = STEPS,
+    targets: int = TARGETS,
     seed: int = 0,
 ) -> Tensor:
     """APGD on the targeted DLR loss (section 4): adversarial images, [N, ...]; x itself where it finds none.
@@ -63,15 +77,27 @@ def apgd_t(
 
     def attack(predict: Callable[[Tensor], Tensor]) -> Any:
         return APGDAttack_targeted(
-            predict, n_iter=steps, norm=threat.norm, eps=threat.eps, seed=seed, device=x.device,
-            n_target_classes=min(targets, classes - 1), use_largereps=threat.norm == "L1",
+            predict,
+            n_iter=steps,
+            norm=threat.norm,
+            eps=threat.eps,
+            seed=seed,
+            device=x.device,
+            n_target_classes=min(targets, classes - 1),
+            use_largereps=threat.norm == "L1",
         )
 
     return _run(attack, model, x, y)
 
 
 def fab_t(
-    model: nn.Module, x: Tensor, y: Tensor, *, threat: ThreatModel, steps: int = STEPS, targets: int = TARGETS,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: ThreatModel,
+    steps: int = STEPS,
+    targets: int = TARGETS,
     seed: int = 0,
 ) -> Tensor:
     """Targeted FAB (Croce and Hein, ICML 2020, arXiv 1907.02044), which looks for the smallest perturbation.
@@ -82,7 +108,13 @@ def fab_t(
 
     def attack(predict: Callable[[Tensor], Tensor]) -> Any:
         return FABAttack_PT(
-            predict, norm=threat.norm, n_iter=steps, eps=threat.eps, seed=seed, targeted=True, device=x.device,
+            predict,
+            norm=threat.norm,
+            n_iter=steps,
+            eps=threat.eps,
+            seed=seed,
+            targeted=True,
+            device=x.device,
             n_target_classes=min(targets, classes - 1),
         )
 
@@ -96,9 +128,16 @@ def square(
 
     Returns adversarial images, [N, ...]; x itself where it finds none.
     """
+
     def attack(predict: Callable[[Tensor], Tensor]) -> Any:
         return SquareAttack(
-            predict, norm=threat.norm, n_queries=queries, eps=threat.eps, p_init=0.8, seed=seed, device=x.device,
+            predict,
+            norm=threat.norm,
+            n_queries=queries,
+            eps=threat.eps,
+            p_init=0.8,
+            seed=seed,
+            device=x.device,
             resc_schedule=False,
         )
 
@@ -109,8 +148,15 @@ AUTHORS.update({apgd_ce, apgd_t, fab_t, square})
 
 
 def autoattack(
-    model: nn.Module, x: Tensor, y: Tensor, *, threat: ThreatModel, steps: int = STEPS, queries: int = QUERIES,
-    targets: int = TARGETS, seed: int = 0,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: ThreatModel,
+    steps: int = STEPS,
+    queries: int = QUERIES,
+    targets: int = TARGETS,
+    seed: int = 0,
 ) -> Tensor:
     """The standard version of AutoAttack on one batch: adversarial images, [N, ...]; x itself where it finds none.
 

@@ -1,4 +1,5 @@
 """Several attacks in turn, each on the images that the earlier ones left."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

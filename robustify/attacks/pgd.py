@@ -1,4 +1,5 @@
 """PGD with random restarts, the best adversarial image kept per example (Madry et al., ICLR 2018, section 2.1)."""
+
 from __future__ import annotations
 
 import torch
@@ -13,8 +14,16 @@ from robustify.threat import ThreatModel, uniform_in_ball
 
 
 def pgd(
-    model: nn.Module, x: Tensor, y: Tensor, *, threat: ThreatModel, loss: str = "ce", steps: int = 20, restarts: int = 1,
-    step_ratio: float = 2.5, seed: int = 0,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: ThreatModel,
+    loss: str = "ce",
+    steps: int = 20,
+    restarts: int = 1,
+    step_ratio: float = 2.5,
+    seed: int = 0,
 ) -> Tensor:
     """Return adversarial images, [N, ...] in [0,1], within eps of x.
 
@@ -27,7 +36,9 @@ def pgd(
     left = torch.arange(len(x), device=x.device)
     with borrowed(model):
         for restart in range(restarts):
-            x_adv, fooled = _one_start(model, x[left], y[left], threat, loss, steps, step_ratio, Draws(mix(seed, restart), x.device))
+            x_adv, fooled = _one_start(
+                model, x[left], y[left], threat, loss, steps, step_ratio, Draws(mix(seed, restart), x.device)
+            )
             best[left] = x_adv
             if restart + 1 == restarts:
                 break
@@ -47,7 +58,7 @@ def _one_start(
     fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
     def gradient(x_adv: Tensor, _: int) -> Tensor:
-        g, logits, _ = input_gradient(model, x_adv, lambda logits: SEARCH_LOSSES[loss](logits, y))
+        g, logits = input_gradient(model, x_adv, lambda logits: SEARCH_LOSSES[loss](logits, y))[:2]
         new = (logits.argmax(1) != y) & ~fooled
         found[new] = x_adv[new]
         fooled[new] = True

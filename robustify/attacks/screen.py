@@ -1,4 +1,5 @@
 """A cheap cascade for use during training: an upper bound of the robust accuracy, never AutoAttack."""
+
 from __future__ import annotations
 
 from functools import partial

@@ -1,4 +1,5 @@
 """The authors' attacks through robustify give pyautoattack's own verdicts, image for image."""
+
 from __future__ import annotations
 
 import numpy as np
