@@ -61,13 +61,16 @@ def assets() -> Any:
     folder = Path(os.environ["ROBUSTIFY_ASSETS"]).resolve()
     sys.path.insert(0, str(folder))  # load.py imports its neighbour
     spec = importlib.util.spec_from_file_location("load", folder / "load.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def measure(model: Any, x: torch.Tensor, y: torch.Tensor, norm: Any, deltas: list[float]) -> tuple[list[dict], np.ndarray]:
+def measure(
+    model: Any, x: torch.Tensor, y: torch.Tensor, norm: Any, deltas: list[float]
+) -> tuple[list[dict], np.ndarray]:
     begin = time.perf_counter()
     with counted(model) as passes:
         flips = flip_distances(model, x, y, norm=norm)
@@ -97,7 +100,8 @@ def table(rows: list[dict[str, Any]], norm: str) -> str:
     heads = ["network", "n", "delta", "clean", "pointwise", "W-FGSM", "W-PGD", "knapsack", "first-order lower", "t"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
-        figures = [f"{100 * row[key]:.1f}" for key in ("clean", "pointwise", "w_fgsm", "w_pgd", "knapsack", "first_order_lower")]
+        keys = ("clean", "pointwise", "w_fgsm", "w_pgd", "knapsack", "first_order_lower")
+        figures = [f"{100 * row[key]:.1f}" for key in keys]
         digits = row["network"].startswith("mnist") and norm == "Linf"
         scale, suffix = (1, "") if digits or unit == 1 else (255, "/255")
         delta, t = f"{row['delta'] * scale:.4g}{suffix}", f"{row['t'] * scale:.3g}{suffix}"

@@ -69,9 +69,7 @@ def accuracy_estimates(
     gap = of_wrong - now
     lower, upper = [], []
     for delta in deltas:
-        x_adv = attack(
-            model, x, y, threat=ThreatModel(norm, float(delta), p), loss=loss, batch_size=batch_size
-        )
+        x_adv = attack(model, x, y, threat=ThreatModel(norm, float(delta), p), loss=loss, batch_size=batch_size)
         attacked, held = _forward(model, x_adv, y, loss, batch_size)
         kept = min(of_wrong - float(attacked.mean()), gap - float(delta) * sensitivity.value) / gap if gap > 0 else 0.0
         lower.append(clean * min(1.0, max(0.0, kept)))

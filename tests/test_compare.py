@@ -1,0 +1,103 @@
+"""Comparisons: exact p-values, intervals that cover, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from robustify.compare import _worst_of_draws, compare, knapsack_difference, mcnemar
+from robustify.errors import UserError
+from robustify.knapsack import worst_accuracy
+from robustify.report import Report, Row
+
+PGD, KNAPSACK = "pgd Linf:8/255", "knapsack W2-Linf:4/255"
+
+
+def report(name: str, draw: int, n: int = 60, scale: float = 1.0, **other) -> Report:
+    rng = np.random.default_rng(draw)
+    distances = (scale * rng.gamma(2, 4 / 255, n) * (rng.random(n) < 0.9)).astype(np.float32)
+    clean, held = distances > 0, distances > 8 / 255
+    left = n * worst_accuracy(distances, 4 / 255, 2)
+    rows = [
+        Row("clean", None, n, int(clean.sum()), kind="clean"),
+        Row("pgd", "Linf:8/255", n, int(held.sum())),
+        Row("knapsack", "W2-Linf:4/255", n, left, kind="distributional"),
+    ]
+    given = {"data": "digits", "split": "test", "seed": 0, **other}
+    return Report(name, rows=rows, verdicts={"clean": clean, PGD: held}, distances={KNAPSACK: distances}, **given)
+
+
+def test_mcnemar_by_hand_and_against_scipy():
+    from scipy.stats import binomtest
+
+    before = np.array([True] * 8 + [False] * 12)
+    after = np.array([True] * 7 + [False] + [True] * 6 + [False] * 6)
+    assert mcnemar(before, after) == pytest.approx(binomtest(1, 7).pvalue)
+    assert mcnemar(before, before) == 1
+    rng = np.random.default_rng(0)
+    a, b = rng.random(5000) < 0.5, rng.random(5000) < 0.45
+    won, lost = int((b & ~a).sum()), int((a & ~b).sum())
+    assert mcnemar(a, b) == pytest.approx(binomtest(won, won + lost).pvalue, rel=1e-9)
+
+
+@pytest.mark.parametrize("p", [1.5, 2.0, 8.0, math.inf])
+def test_the_bootstrap_solves_the_same_knapsack(p):
+    rng = np.random.default_rng(1)
+    d = np.concatenate([np.zeros(3), rng.random(20), [math.inf, 0.5, 0.5]])
+    counts = rng.multinomial(len(d), np.full(len(d), 1 / len(d)), size=20)
+    for delta in (0.0, 0.1, 0.5, 2.0):
+        wanted = [worst_accuracy(np.repeat(d, count), delta, p) for count in counts]
+        assert _worst_of_draws(d, counts, delta, p) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_the_bootstrap_interval_covers():
+    """A model whose flips are 1.2 times as far: the true difference, from many images, lies within most intervals."""
+    rng = np.random.default_rng(2)
+
+    def draw(n: int) -> tuple[np.ndarray, np.ndarray]:
+        d = rng.gamma(2, 1, n)
+        return d, 1.2 * d * rng.uniform(0.9, 1.1, n)
+
+    many = draw(100_000)
+    true = worst_accuracy(many[1], 1.0, 2) - worst_accuracy(many[0], 1.0, 2)
+    hits = sum(
+        low <= true <= high for _, low, high in (knapsack_difference(*draw(150), 1.0, 2, 300) for _ in range(60))
+    )
+    assert hits >= 51
+
+
+def test_reports_are_compared_row_by_row():
+    before, after = report("small", 1), report("large", 1, scale=1.5)
+    (found,) = compare([before, after])
+    assert (found.before, found.after, found.n) == ("small", "large", 60)
+    by_name = {f"{d.attack} {d.threat or ''}".strip(): d for d in found.differences}
+    pgd, knapsack = by_name[PGD], by_name[KNAPSACK]
+    assert pgd.difference == pytest.approx(after.rows[1].accuracy - before.rows[1].accuracy)
+    assert pgd.interval[0] <= pgd.difference <= pgd.interval[1]
+    assert pgd.p_value < 0.05
+    assert knapsack.interval[0] < knapsack.difference < knapsack.interval[1]
+    assert knapsack.interval[0] > 0
+    assert knapsack.p_value is None
+    assert by_name["clean"].difference == 0
+    assert json.loads(json.dumps(found.to_json()))["differences"][1]["threat"] == "Linf:8/255"
+    assert found.table()[1]["difference"].startswith("+")
+    assert len(compare([before, after, report("other", 1, scale=0.5)])) == 2
+
+
+@pytest.mark.parametrize("other", [{"data": "cifar10"}, {"split": "val"}, {"seed": 1}, {"n": 50}])
+def test_other_images_are_refused(other):
+    with pytest.raises(UserError, match="different images"):
+        compare([report("a", 1), report("b", 1, **other)])
+
+
+def test_nothing_to_compare_is_refused():
+    with pytest.raises(UserError, match="nothing to be compared"):
+        compare([report("a", 1)])
+    one = report("a", 1)
+    only_clean = Report("b", "digits", "test", one.rows[:1], {"clean": one.verdicts["clean"]})
+    only_pgd = Report("c", "digits", "test", one.rows[1:2], {PGD: one.verdicts[PGD]})
+    with pytest.raises(UserError, match="share no attack"):
+        compare([only_clean, only_pgd])
