@@ -194,19 +194,20 @@ def pointwise(
 
 
 def _attacked(run: Run, name: str, stage: Stage, threat: ThreatModel, lists: Sequence[np.ndarray]) -> Iterator[Arrays]:
-    """This process's batches, attacked now or by a run before; see `_attack` for what each holds."""
+    """This process's batches, attacked now or by a run before; see `_attack` for what each holds, but for the images."""
     mine = run.mine(len(lists))
-    known = {number: run.pieces.read(f"{name} {number}") if run.pieces else None for number in mine}
-    images = run.read([lists[number] for number in mine if known[number] is None])
+    known = {number for number in mine if run.pieces and f"{name} {number}" in run.pieces}
+    images = run.read([lists[number] for number in mine if number not in known])
     for done, number in enumerate(mine, start=1):
-        piece = known.pop(number)
-        if piece is None:
+        if run.pieces and number in known:
+            piece = run.pieces.read(f"{name} {number}")
+        else:
             piece = _attack(run, stage, threat, number, *next(images))
             piece |= {"rows": lists[number], "row": np.array(name.rpartition(" ")[0]), "threat": np.array(threat.spec)}
             if run.pieces:
                 run.pieces.write(f"{name} {number}", piece)
         run.tell(f"{stage.name} {threat}", done, len(mine))
-        yield piece
+        yield {what: value for what, value in piece.items() if what not in ("moved", "x_adv")}
 
 
 def _attack(run: Run, stage: Stage, threat: ThreatModel, number: int, x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
@@ -242,8 +243,9 @@ def distributional(
 ) -> tuple[Row, np.ndarray]:
     """The same for an attack that needs the whole set at once, and is one piece."""
     begin = time.perf_counter()
-    piece = run.pieces.read(f"{name} {threat.spec}") if run.pieces else None
-    if piece is None:
+    if run.pieces and f"{name} {threat.spec}" in run.pieces:
+        piece = run.pieces.read(f"{name} {threat.spec}")
+    else:
         with counted(run.model) as passes:
             held = _whole_set(run, spec, threat) & clean
         spent = torch.tensor([passes.forward, passes.backward], device=run.device, dtype=torch.float64)

@@ -40,10 +40,12 @@ class Pieces:
         world.wait()
         _same_facts(folder, facts)
 
-    def read(self, name: str) -> Arrays | None:
-        """Return the piece of that name, or None. A piece is whole or absent."""
-        path = self._path(name)
-        return _read(path) if path.exists() else None
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a piece of that name; it is whole or absent."""
+        return self._path(name).exists()
+
+    def read(self, name: str) -> Arrays:
+        return _read(self._path(name))
 
     def write(self, name: str, arrays: Arrays) -> None:
         """Raises UserError when the disk is full."""

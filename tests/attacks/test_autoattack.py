@@ -195,7 +195,7 @@ def test_a_real_network_gets_pyautoattacks_verdicts(assets, name, threat):
 @pytest.mark.assets
 def test_the_standard_version_on_a_real_network(assets):
     model, (x, y) = assets.model("resnet2b2_adv4"), assets.images()
-    x, y = x[:5], y[:5]
+    x, y = x[:3], y[:3]
     threat = ThreatModel.parse("Linf:4/255")
     ours = report(model, x, y, ["autoattack"], threat)
     adversary = AutoAttack(model, norm="Linf", eps=threat.eps, seed=0, device="cpu", version="standard")
