@@ -7,6 +7,7 @@ F is one forward pass, Bin and Bw the backward passes to the input and to the we
 with augmentation, optimiser and bookkeeping. Everything is timed in turn, round after round, so that a drift of the
 machine's speed meets all alike; ratios of medians are printed. Run it on an idle machine.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -73,7 +74,10 @@ def passes(model: PixelModel, x: torch.Tensor, y: torch.Tensor) -> dict[str, Cal
 def floor(name: str, steps: int, t: dict[str, float]) -> float:
     f, fin, fw = t["F"], t["F+Bin"], t["F+Bw"]
     return {
-        "fast-at": fin + fw, "pgd-at": steps * fin + fw, "trades": f + steps * fin + 2 * fw, "wasserstein": (steps + 1) * fin + 2 * fw,
+        "fast-at": fin + fw,
+        "pgd-at": steps * fin + fw,
+        "trades": f + steps * fin + 2 * fw,
+        "wasserstein": (steps + 1) * fin + 2 * fw,
     }[name]
 
 
@@ -165,21 +169,41 @@ def main() -> None:
         low = floor(method.name, args.steps, median)
         fp32, bf16 = median[f"{method.name} no"], median[f"{method.name} bf16"]
         cosine = math.nan if args.random else gradient_cosine(model, method, (x, y))
-        rows.append({"method": method.name, "floor_s": low, "fp32_over_floor": fp32 / low, "fp32_over_bf16": fp32 / bf16, "cosine": cosine})
+        rows.append(
+            {
+                "method": method.name,
+                "floor_s": low,
+                "fp32_over_floor": fp32 / low,
+                "fp32_over_bf16": fp32 / bf16,
+                "cosine": cosine,
+            }
+        )
     extra = overhead(setup_for(model, methods[0], "no", args.batch), x, y, args.batch) / median["fast-at no"]
-    print(f"{args.model}, batch {args.batch}, K = {args.steps}, {args.rounds} rounds, {torch.get_num_threads()} threads")
-    print("F {F:.3f} s, F+Bin {0:.2f} F, F+Bw {1:.2f} F".format(median["F+Bin"] / median["F"], median["F+Bw"] / median["F"], **median))
+    print(
+        f"{args.model}, batch {args.batch}, K = {args.steps}, {args.rounds} rounds, {torch.get_num_threads()} threads"
+    )
+    print(
+        "F {F:.3f} s, F+Bin {0:.2f} F, F+Bw {1:.2f} F".format(
+            median["F+Bin"] / median["F"], median["F+Bw"] / median["F"], **median
+        )
+    )
     print(f"{'method':12} {'floor s':>8} {'fp32/floor':>11} {'fp32/bf16':>10} {'gradient cosine':>16}")
     for row in rows:
-        print(f"{row['method']:12} {row['floor_s']:8.2f} {row['fp32_over_floor']:11.3f} {row['fp32_over_bf16']:10.2f} {row['cosine']:16.4f}")
+        print(
+            f"{row['method']:12} {row['floor_s']:8.2f} {row['fp32_over_floor']:11.3f} {row['fp32_over_bf16']:10.2f} {row['cosine']:16.4f}"
+        )
     print(f"data, augmentation and log: {100 * extra:.2f} % of a fast-at step")
     compiled = compiled_gain(model, x, y, args.rounds) if args.compile else None
     if compiled:
         print("bf16 F+Bin: torch.compile {gain:.2f} times eager, first call {first_call_s:.0f} s".format(**compiled))
     if args.out:
         result = {
-            "settings": vars(args) | {"out": None}, "environment": environment(str(device)), "seconds": times, "rows": rows,
-            "overhead_of_fast_at": extra, "compiled": compiled,
+            "settings": vars(args) | {"out": None},
+            "environment": environment(str(device)),
+            "seconds": times,
+            "rows": rows,
+            "overhead_of_fast_at": extra,
+            "compiled": compiled,
         }
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 

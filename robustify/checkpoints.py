@@ -1,4 +1,5 @@
 """Training states on disk: complete or absent, so that a run killed at any moment finds the last whole one."""
+
 from __future__ import annotations
 
 import shutil

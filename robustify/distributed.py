@@ -1,4 +1,5 @@
 """The process group: the accelerator, exact sums and gathers over processes, and the relaunch on several of them."""
+
 from __future__ import annotations
 
 import logging
@@ -29,8 +30,12 @@ def make_accelerator(precision: str = "no", tracker: str | None = None, log_dir:
     AcceleratorState._reset_state()
     try:
         return Accelerator(
-            mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp], log_with=tracker,
-            project_dir=log_dir, step_scheduler_with_optimizer=False,
+            mixed_precision=precision,
+            cpu=not torch.cuda.is_available(),
+            kwargs_handlers=[ddp],
+            log_with=tracker,
+            project_dir=log_dir,
+            step_scheduler_with_optimizer=False,
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"cannot start with precision {precision}, tracker {tracker}: {error}") from None
@@ -115,7 +120,10 @@ def relaunch(processes: int, arguments: Sequence[str]) -> int:
     The same path as torchrun or accelerate launch: every process runs the same command. Raises UserError when there are
     fewer devices than processes.
     """
-    gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpus, cores = (
+        torch.cuda.device_count(),
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    )
     room, kind = (gpus, "GPUs") if gpus else (cores, "cores")
     if processes > room:
         raise UserError(f"--processes {processes}, but this machine has {room} {kind}", f"take --processes {room}")
@@ -123,7 +131,9 @@ def relaunch(processes: int, arguments: Sequence[str]) -> int:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the process that failed has said why
-    config = LaunchConfig(1, 1, processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="robustify", max_restarts=0)
+    config = LaunchConfig(
+        1, 1, processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="robustify", max_restarts=0
+    )
     try:
         elastic_launch(config, sys.executable)("-m", "robustify", *arguments)
     except ChildFailedError as error:

@@ -1,4 +1,5 @@
 """What a run reports while it goes: plain data, shown by the command line or by the caller's own function."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,4 +1,5 @@
 """The gradient with respect to the images, and to nothing else."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable

@@ -1,4 +1,5 @@
 """Which parameters train: the last layer, all of them, or those whose name matches; and where the classifier is."""
+
 from __future__ import annotations
 
 import fnmatch
@@ -28,8 +29,15 @@ def find_classifier(net: nn.Module, x: Tensor) -> list[str]:
     the last layer with as many outputs as there are classes (a scaled output). Raises UserError when there is no such layer.
     """
     seen: list[tuple[str, Tensor]] = []
-    names = {module: name for name, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))}
-    hooks = [m.register_forward_hook(lambda m, _, out: seen.append((names[m], out.detach()))) for m in names]
+
+    def watch(name: str):
+        return lambda _, __, out: seen.append((name, out.detach()))
+
+    hooks = [
+        module.register_forward_hook(watch(name))
+        for name, module in net.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
+    ]
     was_training = [m for m in net.modules() if m.training]
     net.eval()
     try:
@@ -61,7 +69,13 @@ def _pooled(out: Tensor, classes: int) -> Tensor | None:
     """A layer's output as one row per image, averaged over positions or tokens; None when it has not `classes` channels."""
     if out.ndim == 3 and out.shape[2] == classes:  # tokens
         return out.mean(1)
-    return out.flatten(2).mean(2) if out.ndim > 2 and out.shape[1] == classes else out if out.shape[1:] == (classes,) else None
+    return (
+        out.flatten(2).mean(2)
+        if out.ndim > 2 and out.shape[1] == classes
+        else out
+        if out.shape[1:] == (classes,)
+        else None
+    )
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -73,7 +87,13 @@ def select(net: nn.Module, layers: str, classifier: list[str]) -> Selection:
 
     Raises UserError when a pattern matches nothing.
     """
-    wanted = [f"{name}.*" if name else "*" for name in classifier] if layers == "last" else ["*"] if layers == "full" else layers.split(",")
+    wanted = (
+        [f"{name}.*" if name else "*" for name in classifier]
+        if layers == "last"
+        else ["*"]
+        if layers == "full"
+        else layers.split(",")
+    )
     every = dict(net.named_parameters())
     for pattern in wanted:
         if not fnmatch.filter(every, pattern.strip()):

@@ -2,6 +2,7 @@
 
 A batch mean would divide every gradient norm by the batch size, and budgets are read off gradient norms.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -60,4 +61,7 @@ def redlr(logits: Tensor, y: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {"ce": ce, "dlr": dlr, "redlr": redlr}
-SEARCH_LOSSES: dict[str, Loss] = {**LOSSES, "margin": margin}  # the margin has no Upsilon worth reporting, but PGD climbs it
+SEARCH_LOSSES: dict[str, Loss] = {
+    **LOSSES,
+    "margin": margin,
+}  # the margin has no Upsilon worth reporting, but PGD climbs it

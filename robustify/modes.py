@@ -1,4 +1,5 @@
 """Borrowing a model for an attack, and giving it back as it was."""
+
 from __future__ import annotations
 
 import copy

@@ -1,4 +1,5 @@
 """PixelModel: images in [0,1] in, logits out. The only normalisation in the code."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -32,7 +32,7 @@ STYLES: dict[Kind, tuple[Any, str]] = {
     "knapsack": ("-", "knapsack (attack)"),
     "certificate": ((0, (6, 2, 1, 2)), "certified, of the smoothed classifier"),
     "first-order upper": (":", "first-order upper estimate"),
-    "first-order lower": ((0, (1, 3)), "first-order lower estimate"),
+    "first-order lower": ((0, (4, 1, 1, 1, 1, 1)), "first-order lower estimate"),
 }
 _LOOK = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
@@ -121,6 +121,7 @@ def flip_histogram(path: str | Path, distances: Mapping[str, np.ndarray], norm: 
                 axes.annotate(
                     f"median {middle:.3g}", (middle, 1), (4, -2), xycoords=("data", "axes fraction"),
                     textcoords="offset points", va="top", fontsize=9,
+                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
                 )  # fmt: skip
             beyond, wrong, none = int((moved > largest).sum()), int((d == 0).sum()), int(np.isinf(d).sum())
             rest = [f"{wrong} misclassified"] + [f"{beyond} beyond, in the last bin"] * bool(beyond)

@@ -1,4 +1,5 @@
 """Recipe: the frozen, typed description of a run, and the only thing needed to repeat it."""
+
 from __future__ import annotations
 
 import hashlib
@@ -27,9 +28,11 @@ class ModelSettings(Settings):
     source: str
     dataset: str | None = None
     threat: str | None = None
-    num_classes: int | None = Field(None, ge=2)
+    num_classes: int | None = Field(default=None, ge=2)
     pretrained: bool = True
-    models_dir: str | None = Field(None, exclude=True)  # where the weights lie here; no part of what is repeated elsewhere
+    models_dir: str | None = Field(
+        default=None, exclude=True
+    )  # where the weights lie here; no part of what is repeated elsewhere
     allow_pickle: bool = False
     verify: bool = True
 
@@ -39,10 +42,10 @@ class DataSettings(Settings):
 
     name: str = "cifar10"
     root: str | None = None
-    val_fraction: float = Field(0.1, gt=0, lt=1)
-    limit: int | None = Field(None, ge=2)
+    val_fraction: float = Field(default=0.1, gt=0, lt=1)
+    limit: int | None = Field(default=None, ge=2)
     augment: Literal["auto", "none", "flip", "crop-flip", "shift"] = "auto"
-    workers: int = Field(0, ge=0)
+    workers: int = Field(default=0, ge=0)
 
 
 class TrainSettings(Settings):
@@ -52,25 +55,25 @@ class TrainSettings(Settings):
     the best epoch is kept and a fall of collapse_drop below it counts as collapse."""
 
     layers: str = "full"
-    epochs: int = Field(20, ge=1)
-    batch_size: int = Field(128, ge=1)
-    accumulate: int = Field(1, ge=1)
-    lr: float = Field(0.01, gt=0, le=100)
+    epochs: int = Field(default=20, ge=1)
+    batch_size: int = Field(default=128, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    lr: float = Field(default=0.01, gt=0, le=100)
     optimizer: Literal["sgd", "adamw", "lamb", "lars"] = "sgd"
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(5e-4, ge=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
     schedule: Literal["cosine", "constant", "step", "cyclic"] = "cosine"
-    warmup_epochs: float = Field(0, ge=0)
-    clip_norm: float | None = Field(None, gt=0)
-    ema: float | None = Field(None, gt=0, lt=1)
+    warmup_epochs: int = Field(default=0, ge=0)
+    clip_norm: float | None = Field(default=None, gt=0)
+    ema: float | None = Field(default=None, gt=0, lt=1)
     batchnorm: Literal["train", "frozen"] = "train"
     init: Literal["loaded", "reinit", "noise"] = "loaded"
-    init_noise: float = Field(0.05, gt=0)
+    init_noise: float = Field(default=0.05, gt=0)
     precision: Literal["no", "bf16", "fp16"] = "no"
-    seed: int = Field(0, ge=0)
-    probe_images: int = Field(512, ge=16)
-    collapse_drop: float = Field(0.2, gt=0, le=1)
-    checkpoint_steps: int | None = Field(None, ge=1)
+    seed: int = Field(default=0, ge=0)
+    probe_images: int = Field(default=512, ge=16)
+    collapse_drop: float = Field(default=0.2, gt=0, le=1)
+    checkpoint_steps: int | None = Field(default=None, ge=1)
     tracker: str | None = None
 
     @model_validator(mode="after")
@@ -78,7 +81,7 @@ class TrainSettings(Settings):
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
         if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs {self.warmup_epochs:g} leaves nothing of {self.epochs} epochs")
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} leaves nothing of {self.epochs} epochs")
         return self
 
 
@@ -86,9 +89,9 @@ class EvalSettings(Settings):
     """What is measured before and after. n: test images, drawn by the seed (None: all)."""
 
     attacks: tuple[str, ...] = ("clean", "fgsm", "pgd", "w-pgd")
-    n: int | None = Field(1000, ge=1)
-    batch_size: int = Field(256, ge=1)
-    seed: int = Field(0, ge=0)
+    n: int | None = Field(default=1000, ge=1)
+    batch_size: int = Field(default=256, ge=1)
+    seed: int = Field(default=0, ge=0)
 
     @field_validator("attacks")
     @classmethod
@@ -139,7 +142,9 @@ class Recipe(Settings):
                 f"write threat: {threat.pointwise().spec}, or take method wasserstein"
             )
         if threat.norm not in self.method.norms:
-            raise ValueError(f"method {name} does not train in the norm {threat.norm}; it knows {', '.join(self.method.norms)}")
+            raise ValueError(
+                f"method {name} does not train in the norm {threat.norm}; it knows {', '.join(self.method.norms)}"
+            )
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -176,7 +181,9 @@ def resolve(name: str | None = None, flags: Mapping[str, Any] | None = None, set
         except yaml.YAMLError as error:
             raise UserError(f"recipe {name} is not valid YAML: {error}") from None
         if not isinstance(values, dict):
-            raise UserError(f"recipe {name} must be a mapping of settings", "robustify show quickstart prints a valid one")
+            raise UserError(
+                f"recipe {name} must be a mapping of settings", "robustify show quickstart prints a valid one"
+            )
         values = _expanded(values)
         origins = dict.fromkeys(_leaves(values), f"recipe {name}")
     given = {key: value for key, value in (flags or {}).items() if value is not None}

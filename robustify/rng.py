@@ -3,6 +3,7 @@
 So a run continues bit for bit after a kill without any saved generator, and gives the same perturbations on one process
 as on many: every process draws for the whole global batch and keeps its own rows.
 """
+
 from __future__ import annotations
 
 import torch
@@ -27,7 +28,7 @@ class Draws:
     def _rows(self, draw, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         total = self.total if self.total is not None else len(x)
         rows = draw((total, *shape), generator=self.generator, device=x.device, dtype=dtype)
-        return rows[self.start:self.start + len(x)]
+        return rows[self.start : self.start + len(x)]
 
     def uniform(self, x: Tensor) -> Tensor:
         """U[0,1) of the shape and type of x."""

@@ -1,4 +1,5 @@
 """Learning-rate schedules: timm's, and the triangle of fast adversarial training. All are functions of the step alone."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from torch.optim import Optimizer
 Schedule = Callable[[int], None]
 
 
-def make_schedule(optimizer: Optimizer, kind: str, epochs: int, steps_per_epoch: int, warmup_epochs: float) -> Schedule:
+def make_schedule(optimizer: Optimizer, kind: str, epochs: int, steps_per_epoch: int, warmup_epochs: int) -> Schedule:
     """Return set_rate(step): sets the optimiser's learning rate for the step with that number, counted from 0."""
     if kind == "cyclic":
         return _triangle(optimizer, epochs * steps_per_epoch)
@@ -17,8 +18,16 @@ def make_schedule(optimizer: Optimizer, kind: str, epochs: int, steps_per_epoch:
     # a constant rate is a step schedule that never steps
     decay_epochs = {"step": max(1, epochs // 3), "constant": 10**9}.get(kind, 1)
     scheduler, _ = create_scheduler_v2(
-        optimizer, sched="step" if kind == "constant" else kind, num_epochs=epochs, decay_epochs=decay_epochs, decay_rate=0.1,
-        warmup_epochs=warmup_epochs, warmup_lr=0.0, warmup_prefix=False, step_on_epochs=False, updates_per_epoch=steps_per_epoch,
+        optimizer,
+        sched="step" if kind == "constant" else kind,
+        num_epochs=epochs,
+        decay_epochs=decay_epochs,
+        decay_rate=0.1,
+        warmup_epochs=warmup_epochs,
+        warmup_lr=0.0,
+        warmup_prefix=False,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
     )  # pyright: ignore[reportArgumentType]
     assert scheduler is not None
     return lambda step: scheduler.step_update(step)

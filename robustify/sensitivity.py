@@ -3,6 +3,7 @@
 V(delta) = V(0) + delta * Upsilon + o(delta) with Upsilon = (E ||grad_x J||_*^q)^(1/q), 1/p + 1/q = 1
 (arXiv 2306.09844, theorem 2). First-order: an estimate of what an attack of radius delta can do, never a certificate.
 """
+
 from __future__ import annotations
 
 import math
@@ -105,14 +106,16 @@ class UpsilonTracker:
         self.measured = upsilon(gradient_norms, self.q, population)
         self.moment = self.measured.value**self.q
         if self.rule == "window":
-            self.window = gradient_norms.double()[-self.images:]
+            self.window = gradient_norms.double()[-self.images :]
 
     def observe(self, slope: Tensor) -> None:
         """Take the norms, [N], that the attack computed on this batch."""
         if self.rule == "window":
-            self.window = torch.cat([self.window, self.gather(slope).double().cpu()])[-self.images:]
+            self.window = torch.cat([self.window, self.gather(slope).double().cpu()])[-self.images :]
         elif self.rule == "ema":
-            self.moment = (1 - self.rho) * self.moment + self.rho * float((self.gather(slope).double() ** self.q).mean())
+            self.moment = (1 - self.rho) * self.moment + self.rho * float(
+                (self.gather(slope).double() ** self.q).mean()
+            )
 
     def spend(self, delta_i: Tensor, p: float) -> None:
         """Enter this batch's budgets in the ledger."""
@@ -134,8 +137,11 @@ class UpsilonTracker:
         self._clear_ledger()
         now = upsilon(self.window, self.q) if self.rule == "window" and len(self.window) else self.measured
         return {
-            "upsilon": self.value, "upsilon_se": now.se if now else math.nan, "mean_cost": power / max(count, 1),
-            "zero_share": zeros / max(count, 1), "largest_delta": largest,
+            "upsilon": self.value,
+            "upsilon_se": now.se if now else math.nan,
+            "mean_cost": power / max(count, 1),
+            "zero_share": zeros / max(count, 1),
+            "largest_delta": largest,
         }
 
     def _clear_ledger(self) -> None:
@@ -144,10 +150,18 @@ class UpsilonTracker:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "moment": self.moment, "window": self.window, "measured": self.measured and self.measured.to_json(),
-            "ledger": self.ledger, "largest": self.largest,
+            "moment": self.moment,
+            "window": self.window,
+            "measured": self.measured and self.measured.to_json(),
+            "ledger": self.ledger,
+            "largest": self.largest,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.moment, self.window, self.ledger, self.largest = state["moment"], state["window"], state["ledger"], state["largest"]
+        self.moment, self.window, self.ledger, self.largest = (
+            state["moment"],
+            state["window"],
+            state["ledger"],
+            state["largest"],
+        )
         self.measured = Sensitivity(**state["measured"]) if state["measured"] else None

@@ -3,12 +3,13 @@
 All radii are in pixel units, images in [0,1]. Every tensor function works per image: the first dimension is the batch,
 and a radius is a float or a tensor with one entry per image.
 """
+
 from __future__ import annotations
 
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -44,13 +45,23 @@ class ThreatModel:
         if self.norm not in NORMS:
             raise UserError(f"unknown norm {self.norm!r}", f"norms: {', '.join(NORMS)}; a threat reads like {EXAMPLES}")
         if not (math.isfinite(self.eps) and self.eps > 0):
-            raise UserError(f"the radius must be a positive number, not {self.eps:g}", f"a threat reads like {EXAMPLES}")
+            raise UserError(
+                f"the radius must be a positive number, not {self.eps:g}", f"a threat reads like {EXAMPLES}"
+            )
         if self.eps >= LARGEST_RADIUS[self.norm]:
             prefix = self.spec.rsplit(":", 1)[0]
-            hint = f"pixels lie in [0,1]: did you mean {prefix}:{self.eps:g}/255?" if self.eps <= 255 else "pixels lie in [0,1]"
-            raise UserError(f"radius {self.eps:g} is not sane for {self.norm} (largest: {LARGEST_RADIUS[self.norm]:g})", hint)
+            hint = (
+                f"pixels lie in [0,1]: did you mean {prefix}:{self.eps:g}/255?"
+                if self.eps <= 255
+                else "pixels lie in [0,1]"
+            )
+            raise UserError(
+                f"radius {self.eps:g} is not sane for {self.norm} (largest: {LARGEST_RADIUS[self.norm]:g})", hint
+            )
         if self.p is not None and not self.p > 1:
-            raise UserError(f"the Wasserstein order must be larger than 1, not {self.p:g}", "W2-Linf:8/255 is the usual one")
+            raise UserError(
+                f"the Wasserstein order must be larger than 1, not {self.p:g}", "W2-Linf:8/255 is the usual one"
+            )
 
     @classmethod
     def parse(cls, text: str | ThreatModel) -> ThreatModel:
@@ -60,7 +71,7 @@ class ThreatModel:
         found = _SPEC.match(str(text).strip())
         if not found:
             raise UserError(f"cannot read the threat {text!r}", f"a threat reads like {EXAMPLES}")
-        norm = next(n for n in NORMS if n.lower() == found["norm"].lower())
+        norm: Norm = next(n for n in NORMS if n.lower() == found["norm"].lower())
         return cls(norm, read_number(found["eps"]), float(found["p"]) if found["p"] else None)
 
     @property
@@ -113,6 +124,10 @@ def _radius(eps: float) -> str:
     return f"{eps:g}" if float(f"{eps:g}") == eps else repr(eps)
 
 
+@overload
+def per_image(values: Tensor, x: Tensor) -> Tensor: ...
+@overload
+def per_image(values: float, x: Tensor) -> float: ...
 def per_image(values: Radius, x: Tensor) -> Radius:
     """Shape one value per image, [N], so that it broadcasts over x, [N, ...]; a float passes through."""
     return values.reshape(-1, *[1] * (x.ndim - 1)) if isinstance(values, Tensor) else values

@@ -4,6 +4,7 @@ It owns the forwards, precision, accumulation, processes, the NaN check, the hel
 only says what to attack with and what to minimise. Every random number is a function of (seed, step, place in the
 global batch), so a run that was killed continues bit for bit.
 """
+
 from __future__ import annotations
 
 import json
@@ -27,7 +28,7 @@ from robustify.data import Data, Split, batches, subset
 from robustify.distributed import World
 from robustify.errors import UserError
 from robustify.evaluation import evaluate, sample
-from robustify.events import Collapsed, EpochEnd, Event, Note, Progress, StepEnd
+from robustify.events import Collapsed, EpochEnd, Event, Listener, Note, Progress, StepEnd
 from robustify.gradients import gradient_norms
 from robustify.methods import AnyMethod
 from robustify.modes import Nets, Shadow, borrowed
@@ -104,8 +105,13 @@ class _Forward(nn.Module):
 
 
 def prepare(
-    model: PixelModel, method: AnyMethod, threat: ThreatModel, settings: TrainSettings, accelerator: Accelerator,
-    augmentation: str, images: int,
+    model: PixelModel,
+    method: AnyMethod,
+    threat: ThreatModel,
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    augmentation: str,
+    images: int,
 ) -> Setup:
     """Build optimiser, shadow, average and Upsilon's state around a model whose requires_grad flags are set.
 
@@ -125,7 +131,11 @@ def prepare(
     if reduced:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = create_optimizer_v2(
-        model, OPTIMIZERS[settings.optimizer], lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum
+        model,
+        OPTIMIZERS[settings.optimizer],
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        momentum=settings.momentum,
     )
     forward, optimizer = accelerator.prepare(_Forward(model), optimizer)
     tracker = method.tracker(threat, images)
@@ -137,8 +147,18 @@ def prepare(
 
         ema = ModelEmaV3(model, decay=settings.ema)
     return Setup(
-        model, forward, optimizer, accelerator, world, method, threat, settings, augmentation, tracker,
-        Shadow(model) if reduced else None, ema,
+        model,
+        forward,
+        optimizer,
+        accelerator,
+        world,
+        method,
+        threat,
+        settings,
+        augmentation,
+        tracker,
+        Shadow(model) if reduced else None,
+        ema,
     )
 
 
@@ -201,7 +221,9 @@ def train(
     s, world, method = setup.settings, setup.world, setup.method
     n = len(data.train)
     if n < s.batch_size:
-        raise UserError(f"batch_size {s.batch_size} is larger than the {n} training images", f"--set train.batch_size={n // 2 or 1}")
+        raise UserError(
+            f"batch_size {s.batch_size} is larger than the {n} training images", f"--set train.batch_size={n // 2 or 1}"
+        )
     per_epoch = n // s.batch_size
     steps = per_epoch * s.epochs
     state = LoopState()
@@ -222,7 +244,7 @@ def train(
 
     while state.step < steps and not state.collapsed:
         epoch, done = divmod(state.step, per_epoch)
-        lists = _epoch_lists(n, epoch, s, world)[done * s.accumulate:]
+        lists = _epoch_lists(n, epoch, s, world)[done * s.accumulate :]
         stream = iter(batches(data.train, lists, setup.accelerator.device, 0))
         set_train_mode(setup)
         for within in range(done, per_epoch):
@@ -272,13 +294,23 @@ def train(
     return Outcome(state.step, s.epochs, state.best, state.best_epoch, state.collapsed, state.seconds)
 
 
+def follow(events: Generator[Event, None, Outcome], tell: Listener) -> Outcome:
+    """Pass a training's events on and return its outcome."""
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as stop:
+            return stop.value
+        tell(event)
+
+
 def _epoch_lists(n: int, epoch: int, s: TrainSettings, world: World) -> list[list[int]]:
     """This process's index lists of an epoch: its rows of every micro-batch of every global batch."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(mix(s.seed, _ORDER, epoch))).tolist()
     part = s.batch_size // s.accumulate
     rows = world.rows(part)
     count = n // s.batch_size * s.accumulate
-    return [order[i * part + rows.start:i * part + rows.stop] for i in range(count)]
+    return [order[i * part + rows.start : i * part + rows.stop] for i in range(count)]
 
 
 def _measure_upsilon(setup: Setup, train: Split, step: int, batch_size: int) -> Generator[Event, None, None]:
@@ -287,7 +319,7 @@ def _measure_upsilon(setup: Setup, train: Split, step: int, batch_size: int) -> 
     assert tracker is not None
     chosen = sample(len(train), tracker.images, mix(setup.settings.seed, _UPSILON, step))
     mine = chosen[world.rows(len(chosen))]
-    lists = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
+    lists = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     yield Progress("measuring Upsilon", 0, len(chosen))
     loss = getattr(setup.method, "budget_loss", "redlr")
     norms = gradient_norms(setup.model, batches(train, lists, setup.accelerator.device, 0), loss, setup.threat.norm)

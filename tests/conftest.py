@@ -1,4 +1,5 @@
 """Fixtures: a linear model with a known optimum, small networks, and the folder of real networks where there is one."""
+
 from __future__ import annotations
 
 import os

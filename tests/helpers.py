@@ -1,4 +1,5 @@
 """What tests build on: a linear model with a known optimum, a small network, learnable images, the real networks' folder."""
+
 from __future__ import annotations
 
 import os
@@ -25,12 +26,19 @@ def tiny_net(classes: int = 4, channels: int = 3, seed: int = 0) -> nn.Sequentia
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(
-            nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.1), nn.AdaptiveAvgPool2d(2),
-            nn.Flatten(), nn.Linear(32, classes),
+            nn.Conv2d(channels, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(32, classes),
         )
 
 
-def toy_data(n: int = 96, classes: int = 4, channels: int = 3, side: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def toy_data(
+    n: int = 96, classes: int = 4, channels: int = 3, side: int = 8, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Learnable images: each class has its own mean colour and corner."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.arange(n) % classes

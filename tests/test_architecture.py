@@ -1,4 +1,5 @@
 """The direction of imports in docs/architecture.md, and the few modules that may know each library."""
+
 from __future__ import annotations
 
 import ast
@@ -9,7 +10,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "robustify"
-FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix().removesuffix("/__init__"): path for path in PACKAGE.rglob("*.py")}
+FILES = {
+    path.relative_to(PACKAGE).with_suffix("").as_posix().removesuffix("/__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
 
 # a library, and the modules that may import it anywhere in their text
 KNOWS = {
@@ -21,11 +25,40 @@ KNOWS = {
 }
 # layers from the ground up: a module imports only from its own layer or from those before it
 LAYERS = [
-    {"errors", "rng", "threat", "losses", "pixels", "modes", "gradients", "files", "shelf"},
-    {"attacks", "sensitivity"},
-    {"methods", "sources", "registry", "nets", "layers", "data", "augment", "splits", "images", "folders", "cifar", "arrays", "report", "verify"},  # what feeds a run
-    {"recipe", "schedules", "distributed", "events", "checkpoints", "export", "card", "front_matter", "pieces", "sanity"},
+    {"errors", "rng", "threat", "losses", "pixels", "modes", "gradients", "files", "shelf", "knapsack", "duality"},
+    {"attacks", "sensitivity", "flips", "bounds", "smoothing"},
+    {
+        "methods",
+        "sources",
+        "registry",
+        "nets",
+        "layers",
+        "data",
+        "augment",
+        "splits",
+        "images",
+        "folders",
+        "cifar",
+        "arrays",
+        "report",
+        "verify",
+    },  # what feeds a run
+    {
+        "recipe",
+        "schedules",
+        "distributed",
+        "events",
+        "checkpoints",
+        "export",
+        "card",
+        "front_matter",
+        "pieces",
+        "sanity",
+        "compare",
+        "plots",
+    },
     {"train", "evaluation", "measure", "recheck"},
+    {"inputs", "runs", "memory", "plan"},
     {"pipeline"},
     {"api", "console"},
     {"cli", "", "__main__"},
@@ -66,17 +99,23 @@ def test_imports_point_down(module):
         return  # the public names, loaded on first use
     for name in imports(FILES[module]):
         parts = name.split(".")
-        if parts[0] == "robustify" and len(parts) > 1 and (PACKAGE / parts[1]).with_suffix(".py").exists() | (PACKAGE / parts[1]).is_dir():
+        if (
+            parts[0] == "robustify"
+            and len(parts) > 1
+            and (PACKAGE / parts[1]).with_suffix(".py").exists() | (PACKAGE / parts[1]).is_dir()
+        ):
             assert layer(parts[1]) <= layer(module), f"{module} imports {name}"
 
 
 def test_results_do_not_know_the_training():
     for module in ("export", "card", "report"):
-        assert not {n for n in imports(FILES[module]) if n.startswith(("robustify.train", "robustify.pipeline"))}, module
+        assert not {n for n in imports(FILES[module]) if n.startswith(("robustify.train", "robustify.pipeline"))}, (
+            module
+        )
 
 
 def test_importing_robustify_costs_nothing():
-    heavy = "torch timm torchvision robustbench accelerate sklearn matplotlib".split()
+    heavy = ["torch", "timm", "torchvision", "robustbench", "accelerate", "sklearn", "matplotlib"]
     code = f"import sys, robustify; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

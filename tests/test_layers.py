@@ -43,7 +43,9 @@ class NoLinear(nn.Module):
 @pytest.mark.parametrize(
     ("net", "wanted"),
     [
-        (tiny_net(), ["6"]), (Scaled(), ["last"]), (Distilled(), ["head", "head_dist"]),
+        (tiny_net(), ["6"]),
+        (Scaled(), ["last"]),
+        (Distilled(), ["head", "head_dist"]),
         (nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), ["0"]),
         (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1), nn.Flatten()), ["1"]),
     ],

@@ -17,7 +17,9 @@ X, Y = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch
 
 def fingerprint(net: nn.Module):
     return (
-        [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()], [p.grad is None for p in net.parameters()],
+        [m.training for m in net.modules()],
+        [p.requires_grad for p in net.parameters()],
+        [p.grad is None for p in net.parameters()],
         [t.clone() for t in net.state_dict().values()],
     )
 

@@ -16,7 +16,9 @@ import robustify
 from robustify.data import from_tensors
 from robustify.errors import UserError
 from robustify.events import EpochEnd, Exported, Measured, Planned, StepEnd
-from robustify.pipeline import finetune, harden, memory_explained, plan
+from robustify.memory import memory_explained
+from robustify.pipeline import finetune, harden
+from robustify.plan import plan
 from robustify.recipe import resolve
 from robustify.report import load_pair
 
@@ -37,7 +39,12 @@ def run(tmp_path_factory):
 def test_a_run_leaves_everything_one_needs(run):
     folder, events, result = run
     assert {p.name for p in folder.iterdir()} == {
-        "recipe.yaml", "metrics.jsonl", "environment.json", "report.json", "report.npz", "model",
+        "recipe.yaml",
+        "metrics.jsonl",
+        "environment.json",
+        "report.json",
+        "report.npz",
+        "model",
     }
     assert {p.name for p in (folder / "model").iterdir()} == {"config.json", "model.safetensors", "README.md"}
     kinds = [type(e) for e in events]
@@ -67,7 +74,9 @@ def test_what_was_exported_is_what_was_measured(run):
     torch.save(x, folder.parent / "x")
     torch.save(result.pixel_model(x), folder.parent / "x.y")
     command = [sys.executable, "-W", "ignore", "-c", code, str(folder / "model"), str(folder.parent / "x"), kind]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True
+    )
     assert done.stdout.strip() == "True"
 
 
@@ -143,8 +152,18 @@ def test_harden_gives_back_the_same_class_and_leaves_the_original(tmp_path):
     net = tiny_net()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     result = harden(
-        net, toy_data(96), test_data=toy_data(64, seed=2), threat="W2-Linf:8/255", method={"name": "wasserstein", "steps": 2},
-        epochs=2, batch_size=32, lr=0.05, probe_images=16, verify=False, attacks=["clean", "fgsm"], out=tmp_path / "run",
+        net,
+        toy_data(96),
+        test_data=toy_data(64, seed=2),
+        threat="W2-Linf:8/255",
+        method={"name": "wasserstein", "steps": 2},
+        epochs=2,
+        batch_size=32,
+        lr=0.05,
+        probe_images=16,
+        verify=False,
+        attacks=["clean", "fgsm"],
+        out=tmp_path / "run",
     )
     assert type(result.model) is type(net)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
@@ -160,8 +179,18 @@ def test_harden_takes_normalised_models_and_datasets():
     x, y = toy_data(96)
     data = torch.utils.data.TensorDataset(x, y)
     result = harden(
-        tiny_net(), data, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), method="fast-at", threat="L2:0.5", epochs=1, batch_size=16,
-        probe_images=16, attacks=["clean"], layers="last", verify=False,
+        tiny_net(),
+        data,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        method="fast-at",
+        threat="L2:0.5",
+        epochs=1,
+        batch_size=16,
+        probe_images=16,
+        attacks=["clean"],
+        layers="last",
+        verify=False,
     )
     assert result.folder is None
     assert result.pixel_model.normalises
@@ -177,7 +206,11 @@ def test_a_model_that_does_not_fit_the_data_is_refused():
 
 
 def test_the_class_counts_must_agree():
-    recipe = resolve(None, {"model.source": "robustify_digits_cnn", "data.name": "digits"}, ["model.num_classes=4", "model.pretrained=false"]).recipe
+    recipe = resolve(
+        None,
+        {"model.source": "robustify_digits_cnn", "data.name": "digits"},
+        ["model.num_classes=4", "model.pretrained=false"],
+    ).recipe
     with pytest.raises(UserError, match="4 classes, digits has 10"):
         plan(recipe)
 
@@ -196,7 +229,11 @@ def test_a_model_that_is_not_what_it_claims_is_refused_before_anything_is_spent(
     x, y = toy_data(120, classes=10, side=32)
     pixels = (x * 255).byte().permute(0, 2, 3, 1).numpy()
     np.savez(tmp_path / "cifar10.npz", x_train=pixels, y_train=y.numpy(), x_test=pixels[:40], y_test=y[:40].numpy())
-    flags = {"model.source": "Sehwag2021Proxy_R18", "model.models_dir": str(tmp_path / "models"), "data.name": f"npz:{tmp_path}/cifar10.npz"}
+    flags = {
+        "model.source": "Sehwag2021Proxy_R18",
+        "model.models_dir": str(tmp_path / "models"),
+        "data.name": f"npz:{tmp_path}/cifar10.npz",
+    }
     with pytest.raises(UserError) as error:
         finetune(resolve(None, flags).recipe, tmp_path / "out")
     assert "--no-verify" in str(error.value)
@@ -226,7 +263,7 @@ def test_the_quickstart_hardens_by_more_than_chance_explains(tmp_path):
 
 def test_data_objects_pass_through():
     data = from_tensors(toy_data(64), toy_data(32, seed=1), toy_data(32, seed=2))
-    result = harden(tiny_net(), data, method="standard", epochs=1, batch_size=32, probe_images=16, attacks=["clean"], verify=False)
+    result = harden(
+        tiny_net(), data, method="standard", epochs=1, batch_size=32, probe_images=16, attacks=["clean"], verify=False
+    )
     assert result.outcome.steps == 2
-
-

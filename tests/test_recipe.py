@@ -13,7 +13,12 @@ def test_flags_win_over_the_recipe_and_origins_are_told(tmp_path):
     file.write_text("model: a\ntrain: {lr: 0.5, epochs: 3}\n")
     resolved = resolve(str(file), {"model.source": None, "threat": "W2-L2:0.5"}, ["train.lr=1e-3"])
     recipe = resolved.recipe
-    assert (recipe.model.source, recipe.train.lr, recipe.train.epochs, recipe.threat.spec) == ("a", 1e-3, 3, "W2-L2:0.5")
+    assert (recipe.model.source, recipe.train.lr, recipe.train.epochs, recipe.threat.spec) == (
+        "a",
+        1e-3,
+        3,
+        "W2-L2:0.5",
+    )
     assert resolved.origins["train.lr"] == "command line"
     assert resolved.origins["train.epochs"] == f"recipe {file}"
     assert resolved.origins["train.momentum"] == "default"
@@ -27,7 +32,9 @@ def test_a_recipe_survives_yaml_and_its_digest_sees_every_change():
     assert resolve(None, {"model.source": "a"}, ["train.seed=1"]).recipe.digest != recipe.digest
 
 
-@pytest.mark.parametrize(("method", "threat"), [("wasserstein", "W2-Linf:8/255"), ("trades", "Linf:8/255"), ("fast-at", "Linf:8/255")])
+@pytest.mark.parametrize(
+    ("method", "threat"), [("wasserstein", "W2-Linf:8/255"), ("trades", "Linf:8/255"), ("fast-at", "Linf:8/255")]
+)
 def test_the_threat_follows_the_method(method, threat):
     assert resolve(None, {"model.source": "a", "method.name": method}).recipe.threat.spec == threat
 
@@ -43,17 +50,28 @@ def test_another_method_over_a_recipe_takes_its_own_defaults_and_the_same_radius
 def test_all_errors_at_once():
     with pytest.raises(UserError) as error:
         resolve(
-            None, {"model.source": "a", "threat": "Linf:8"}, ["method.bta=3", "train.lr=-1", "train.epoch=3", "eval.attacks=[pdg]"]
+            None,
+            {"model.source": "a", "threat": "Linf:8"},
+            ["method.bta=3", "train.lr=-1", "train.epoch=3", "eval.attacks=[pdg]"],
         )
     text = str(error.value)
-    for said in ("5 settings", "did you mean Linf:8/255?", "method.bta", "Did you mean beta?", "train.lr = -1", "Did you mean epochs?", "Did you mean pgd?"):
+    for said in (
+        "5 settings",
+        "did you mean Linf:8/255?",
+        "method.bta",
+        "Did you mean beta?",
+        "train.lr = -1",
+        "Did you mean epochs?",
+        "Did you mean pgd?",
+    ):
         assert said in text
 
 
 @pytest.mark.parametrize(
     ("flags", "settings", "said"),
     [
-        ({}, [], "no model"), ({"model.source": "a", "method.name": "trads"}, [], "Did you mean trades?"),
+        ({}, [], "no model"),
+        ({"model.source": "a", "method.name": "trads"}, [], "Did you mean trades?"),
         ({"model.source": "a", "threat": "Linf:8/255"}, [], "write threat: W2-Linf:8/255"),
         ({"model.source": "a", "method.name": "trades", "threat": "W2-Linf:8/255"}, [], "write threat: Linf:8/255"),
         ({"model.source": "a", "threat": "W2-L1:1"}, [], "does not train in the norm L1"),

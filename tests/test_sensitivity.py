@@ -12,8 +12,10 @@ from robustify.gradients import gradient_norms
 from robustify.sensitivity import Sensitivity, UpsilonTracker, budgets, conjugate, upsilon
 
 slopes = st.integers(0, 10_000).map(
-    lambda seed: torch.rand(50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 3
-    * (torch.rand(50, generator=torch.Generator().manual_seed(seed + 1)) > 0.3)
+    lambda seed: (
+        torch.rand(50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 3
+        * (torch.rand(50, generator=torch.Generator().manual_seed(seed + 1)) > 0.3)
+    )
 )
 orders = st.sampled_from([1.2, 1.5, 2.0, 3.0, 8.0, math.inf])
 
@@ -79,7 +81,12 @@ def tracker(rule, **more):
 
 
 def test_when_each_rule_measures():
-    for rule, later in (("epoch", [True, False]), ("every", [False, True]), ("ema", [False, False]), ("window", [False, False])):
+    for rule, later in (
+        ("epoch", [True, False]),
+        ("every", [False, True]),
+        ("ema", [False, False]),
+        ("window", [False, False]),
+    ):
         t = tracker(rule)
         assert t.due(0, True)
         t.measure(torch.ones(4), 4)

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from robustify.errors import UserError
 from robustify.rng import Draws
 from robustify.threat import (
-    NORMS, ThreatModel, dual_norms, norms, project, read_number, steepest, uniform_in_ball,
+    NORMS,
+    ThreatModel,
+    dual_norms,
+    norms,
+    project,
+    read_number,
+    steepest,
+    uniform_in_ball,
 )
 
 SPECS = ["Linf:8/255", "L2:0.5", "L1:12", "W2-Linf:8/255", "W1.5-L2:0.25", "Winf-L2:0.5", "Linf:0.031"]
@@ -33,9 +40,17 @@ def test_it_prints_as_in_the_literature():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("Linf:8", "did you mean Linf:8/255?"), ("W2-Linf:8", "did you mean W2-Linf:8/255?"), ("L2:128", "did you mean L2:128/255?"),
-        ("Linf:-1/255", "positive"), ("Linf:0", "positive"), ("L3:0.5", "cannot read the threat"), ("8/255", "Linf:8/255"),
-        ("W1-L2:0.5", "larger than 1"), ("Linf:8/0", "cannot read the number"), ("Linf:nan", "positive"), ("", "cannot read"),
+        ("Linf:8", "did you mean Linf:8/255?"),
+        ("W2-Linf:8", "did you mean W2-Linf:8/255?"),
+        ("L2:128", "did you mean L2:128/255?"),
+        ("Linf:-1/255", "positive"),
+        ("Linf:0", "positive"),
+        ("L3:0.5", "cannot read the threat"),
+        ("8/255", "Linf:8/255"),
+        ("W1-L2:0.5", "larger than 1"),
+        ("Linf:8/0", "cannot read the number"),
+        ("Linf:nan", "positive"),
+        ("", "cannot read"),
     ],
 )
 def test_a_wrong_threat_gets_the_correction(text, said):

@@ -15,11 +15,10 @@ from robustify.errors import UserError
 from robustify.evaluation import counted
 from robustify.events import Collapsed, EpochEnd, StepEnd
 from robustify.methods import FastAt, PgdAt, Standard, Trades, Wasserstein
-from robustify.pipeline import follow
 from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
 from robustify.threat import ThreatModel
-from robustify.train import prepare, set_train_mode, take_step, train
+from robustify.train import follow, prepare, set_train_mode, take_step, train
 
 
 def data(n=96):
@@ -41,7 +40,13 @@ def run(setup, folder, **more):
 
 @pytest.mark.parametrize(
     ("method", "threat"),
-    [(Wasserstein(steps=2), "W2-Linf:8/255"), (Trades(steps=2), "L2:0.5"), (PgdAt(steps=2), "L1:2"), (FastAt(), "L2:0.5"), (Standard(), "Linf:8/255")],
+    [
+        (Wasserstein(steps=2), "W2-Linf:8/255"),
+        (Trades(steps=2), "L2:0.5"),
+        (PgdAt(steps=2), "L1:2"),
+        (FastAt(), "L2:0.5"),
+        (Standard(), "Linf:8/255"),
+    ],
     ids=lambda v: getattr(v, "name", v),
 )
 def test_every_method_learns(method, threat, tmp_path):
@@ -89,7 +94,10 @@ def test_a_stopped_run_continues_bit_for_bit(rule, tmp_path):
         assert torch.equal(a, b)
     drop = {"seconds", "rate"}
     lines = [
-        [{k: v for k, v in json.loads(line).items() if k not in drop} for line in (tmp_path / name / "metrics.jsonl").open()]
+        [
+            {k: v for k, v in json.loads(line).items() if k not in drop}
+            for line in (tmp_path / name / "metrics.jsonl").open()
+        ]
         for name in ("a", "b")
     ]
     assert lines[0] == lines[1]
@@ -104,7 +112,7 @@ def test_accumulation_is_the_same_step_with_frozen_statistics(tmp_path):
         set_train_mode(setup)
         x, y = toy_data(32)
         chunk = 32 // parts
-        take_step(setup, iter([(x[i:i + chunk].double(), y[i:i + chunk]) for i in range(0, 32, chunk)]), 0)
+        take_step(setup, iter([(x[i : i + chunk].double(), y[i : i + chunk]) for i in range(0, 32, chunk)]), 0)
         weights.append(net[0].weight.detach().clone())
     assert torch.allclose(weights[0], weights[1], rtol=1e-12, atol=1e-14)
 
@@ -161,7 +169,9 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
         run(setup_for(Standard(), batch_size=128), tmp_path)
 
 
-@pytest.mark.parametrize("method", [Trades(steps=3), PgdAt(steps=3), FastAt(), Wasserstein(steps=3)], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [Trades(steps=3), PgdAt(steps=3), FastAt(), Wasserstein(steps=3)], ids=lambda m: m.name
+)
 def test_a_step_spends_the_passes_it_says_and_no_weight_gradient_in_the_attack(method):
     threat = "W2-Linf:8/255" if method.distributional else "Linf:8/255"
     setup = setup_for(method, threat)
@@ -171,9 +181,7 @@ def test_a_step_spends_the_passes_it_says_and_no_weight_gradient_in_the_attack(m
     x, y = toy_data(32)
     with counted(setup.model) as passes:
         take_step(setup, iter([(x, y)]), 0)
-    assert passes.forward / 32 == pytest.approx(
-        (method.passes(0, 0)), abs=1e-9
-    )
+    assert passes.forward / 32 == pytest.approx((method.passes(0, 0)), abs=1e-9)
 
 
 def test_bf16_searches_on_a_shadow_and_its_gradient_is_that_of_full_precision():

@@ -1,4 +1,5 @@
 """Projected steepest ascent: the loop that FGSM, PGD and every training adversary share."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -9,7 +10,14 @@ from robustify.threat import Norm, Radius, per_image, project, steepest
 
 
 def ascend(
-    gradient: Callable[[Tensor, int], Tensor], x: Tensor, start: Tensor, *, norm: Norm, radius: Radius, steps: int, step: Radius
+    gradient: Callable[[Tensor, int], Tensor],
+    x: Tensor,
+    start: Tensor,
+    *,
+    norm: Norm,
+    radius: Radius,
+    steps: int,
+    step: Radius,
 ) -> Tensor:
     """Climb `steps` times along the steepest direction, staying in the ball of `radius` around x and in [0,1].
 

@@ -1,4 +1,5 @@
 """FGSM: one step of steepest ascent (Goodfellow et al., ICLR 2015, section 4)."""
+
 from __future__ import annotations
 
 from torch import Tensor, nn
@@ -15,5 +16,10 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, *, threat: ThreatModel, loss: s
     with borrowed(model):
         return ascend(
             lambda x_adv, _: input_gradient(model, x_adv, lambda logits: LOSSES[loss](logits, y))[0],
-            x, x, norm=threat.norm, radius=threat.eps, steps=1, step=threat.eps,
+            x,
+            x,
+            norm=threat.norm,
+            radius=threat.eps,
+            steps=1,
+            step=threat.eps,
         )

@@ -70,6 +70,7 @@ def run(
     """
     with console.status("loading torch"):
         from robustify import pipeline
+        from robustify.plan import plan
         from robustify.distributed import launched, relaunch
         from robustify.recipe import resolve
     flags: dict[str, Any] = {
@@ -82,8 +83,8 @@ def run(
     arguments = options.typed(context)
     if dry_run:
         with console.Watch() as watch:
-            plan = pipeline.plan(resolved.recipe, listener=watch)
-        _show_plan(resolved, plan, _command(a for a in arguments if a != "--dry-run"), as_json)
+            facts = plan(resolved.recipe, listener=watch)
+        _show_plan(resolved, facts, _command(a for a in arguments if a != "--dry-run"), as_json)
         return
     if processes > 1 and not launched():
         raise typer.Exit(relaunch(processes, options.without(arguments, "--processes")))

@@ -1,4 +1,5 @@
 """METHODS names every training method; each is one file."""
+
 from __future__ import annotations
 
 from typing import Annotated

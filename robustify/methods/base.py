@@ -1,4 +1,5 @@
 """What every training method is: a frozen description with two pure steps."""
+
 from __future__ import annotations
 
 from typing import ClassVar, Protocol

@@ -1,4 +1,5 @@
 """The KL ascent and the outer loss that TRADES and its Wasserstein form share."""
+
 from __future__ import annotations
 
 from torch import Tensor

@@ -1,5 +1,6 @@
 """Fast adversarial training: one step from a random start (Wong, Rice and Kolter, ICLR 2020, arXiv 2001.03994; in the L2
 ball Goodwin, Brown and Helus 2020, arXiv 2007.03832)."""
+
 from __future__ import annotations
 
 from typing import ClassVar, Literal
@@ -23,7 +24,7 @@ class FastAt(Settings):
     """
 
     name: Literal["fast-at"] = "fast-at"
-    alpha: float = Field(1.25, gt=0, le=2)
+    alpha: float = Field(default=1.25, gt=0, le=2)
 
     summary: ClassVar[str] = "cross entropy on the images that one step from a random start finds"
     paper: ClassVar[str] = "Wong et al. 2020, arXiv 2001.03994; Goodwin et al. 2020, arXiv 2007.03832"
@@ -42,8 +43,12 @@ class FastAt(Settings):
         """
         return ascend(
             lambda x_adv, _: input_gradient(nets.search, x_adv, lambda logits: ce(logits, y))[0],
-            x, x + uniform_in_ball(x, threat.norm, threat.eps, draws),
-            norm=threat.norm, radius=threat.eps, steps=1, step=self.alpha * threat.eps,
+            x,
+            x + uniform_in_ball(x, threat.norm, threat.eps, draws),
+            norm=threat.norm,
+            radius=threat.eps,
+            steps=1,
+            step=self.alpha * threat.eps,
         )
 
     def loss(self, logits: Tensor | None, logits_adv: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,4 +1,5 @@
 """PGD adversarial training (Madry et al., ICLR 2018, arXiv 1706.06083)."""
+
 from __future__ import annotations
 
 from typing import ClassVar, Literal
@@ -19,8 +20,8 @@ class PgdAt(Settings):
     """steps: K of the attack. step_ratio: its step is step_ratio * eps / K, from a start uniform in the ball."""
 
     name: Literal["pgd-at"] = "pgd-at"
-    steps: int = Field(10, ge=1)
-    step_ratio: float = Field(2.5, gt=0)
+    steps: int = Field(default=10, ge=1)
+    step_ratio: float = Field(default=2.5, gt=0)
 
     summary: ClassVar[str] = "cross entropy on the images that K steps of PGD find"
     paper: ClassVar[str] = "Madry et al. 2018, arXiv 1706.06083"
@@ -37,7 +38,12 @@ class PgdAt(Settings):
         start = (x + uniform_in_ball(x, threat.norm, threat.eps, draws)).clamp(0, 1)
         return ascend(
             lambda x_adv, _: input_gradient(nets.search, x_adv, lambda logits: ce(logits, y))[0],
-            x, start, norm=threat.norm, radius=threat.eps, steps=self.steps, step=self.step_ratio * threat.eps / self.steps,
+            x,
+            start,
+            norm=threat.norm,
+            radius=threat.eps,
+            steps=self.steps,
+            step=self.step_ratio * threat.eps / self.steps,
         )
 
     def loss(self, logits: Tensor | None, logits_adv: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,4 +1,5 @@
 """Plain training, without any adversary: makes the non-robust starting networks, and is the control for everything else."""
+
 from __future__ import annotations
 
 from typing import ClassVar, Literal

@@ -1,4 +1,5 @@
 """TRADES (Zhang et al., ICML 2019, arXiv 1901.08573): the pointwise control of the distributional method."""
+
 from __future__ import annotations
 
 from typing import ClassVar, Literal
@@ -18,9 +19,9 @@ class Trades(Settings):
     """beta: weight of the consistency term. steps: K of the inner ascent. step_ratio: its step is step_ratio * eps / K."""
 
     name: Literal["trades"] = "trades"
-    beta: float = Field(6.0, ge=0)
-    steps: int = Field(10, ge=1)
-    step_ratio: float = Field(2.5, gt=0)
+    beta: float = Field(default=6.0, ge=0)
+    steps: int = Field(default=10, ge=1)
+    step_ratio: float = Field(default=2.5, gt=0)
 
     summary: ClassVar[str] = "clean cross entropy plus beta times the worst KL in the pointwise ball"
     paper: ClassVar[str] = "Zhang et al. 2019, arXiv 1901.08573"

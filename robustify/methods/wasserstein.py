@@ -6,6 +6,7 @@ Each image gets a radius delta_i = delta * (||grad_x J||_* / Upsilon)^(q-1) and 
 mean cost over the training set is delta^p. The paper's sizes (beta, delta, rates) are unknown to us and this inner
 maximisation is our reconstruction of it: docs/methods.md says which parts are the paper's.
 """
+
 from __future__ import annotations
 
 from typing import ClassVar, Literal
@@ -37,16 +38,16 @@ class Wasserstein(Settings):
     """
 
     name: Literal["wasserstein"] = "wasserstein"
-    beta: float = Field(6.0, ge=0)
-    steps: int = Field(10, ge=1)
-    step_ratio: float = Field(2.0, gt=0)
+    beta: float = Field(default=6.0, ge=0)
+    steps: int = Field(default=10, ge=1)
+    step_ratio: float = Field(default=2.0, gt=0)
     budget_loss: Literal["redlr", "ce", "dlr"] = "redlr"
     inner_loss: Literal["kl", "redlr", "ce"] = "kl"
-    cap: float | None = Field(3.0, ge=1)
+    cap: float | None = Field(default=3.0, ge=1)
     upsilon: UpsilonRule = "window"
-    upsilon_images: int | None = Field(2048, ge=32)
-    upsilon_every: int = Field(100, ge=1)
-    upsilon_rho: float = Field(0.05, gt=0, le=1)
+    upsilon_images: int | None = Field(default=2048, ge=32)
+    upsilon_every: int = Field(default=100, ge=1)
+    upsilon_rho: float = Field(default=0.05, gt=0, le=1)
 
     summary: ClassVar[str] = "TRADES against a Wasserstein ball: one budget, split over the images by their sensitivity"
     paper: ClassVar[str] = "Bai et al. 2025, arXiv 2502.09352 (budget attack: our reconstruction)"
@@ -91,5 +92,3 @@ class Wasserstein(Settings):
     def passes(self, bins: float, bws: float) -> float:
         reused = self.inner_loss == self.budget_loss
         return (self.steps + 1 - reused) * (1 + bins) + 2 * (1 + bws)
-
-

@@ -1,4 +1,5 @@
 """On a linear model with one margin the worst perturbation is known, so every attack must find it."""
+
 from __future__ import annotations
 
 import math
@@ -72,7 +73,9 @@ def test_w_fgsm_gains_delta_times_upsilon_to_first_order(linear, interior):
     assert gain == pytest.approx(delta * upsilon(gradient_norms(linear, [(x, y)], "ce", "Linf"), 2).value, rel=1e-3)
 
 
-@pytest.mark.parametrize("threat", ["W2-Linf:8/255", "W2-L2:0.3", "W1.5-L2:0.3", "Winf-L2:0.3", "Winf-Linf:8/255", "W4-Linf:8/255"])
+@pytest.mark.parametrize(
+    "threat", ["W2-Linf:8/255", "W2-L2:0.3", "W1.5-L2:0.3", "Winf-L2:0.3", "Winf-Linf:8/255", "W4-Linf:8/255"]
+)
 @pytest.mark.parametrize("loss", ["ce", "dlr", "redlr"])
 def test_w_pgd_stays_within_its_budget_and_the_pixels(linear, threat, loss):
     x = torch.rand(50, 1, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -98,7 +101,10 @@ def test_passes_are_those_the_algorithms_need(interior):
     model = two_classes()
     n = len(x)
     for attack, more, forward, backward in [
-        (fgsm, {}, 1, 1), (pgd, {"steps": 7}, 7, 7), (w_pgd, {"steps": 7, "loss": "ce"}, 8, 7), (w_fgsm, {"loss": "ce"}, 2, 1),
+        (fgsm, {}, 1, 1),
+        (pgd, {"steps": 7}, 7, 7),
+        (w_pgd, {"steps": 7, "loss": "ce"}, 8, 7),
+        (w_fgsm, {"loss": "ce"}, 2, 1),
     ]:
         threat = ThreatModel("Linf", 1e-6, 2.0 if attack in (w_pgd, w_fgsm) else None)
         with counted(model) as passes:
@@ -107,7 +113,7 @@ def test_passes_are_those_the_algorithms_need(interior):
 
 
 def test_restarts_only_work_on_what_is_left(interior):
-    x, y = interior[0], interior[1] % 2
+    x, _y = interior[0], interior[1] % 2
     model = two_classes()
     with counted(model) as passes:
         pgd(model, x, 1 - model(x).argmax(1), threat=ThreatModel("Linf", 0.01), steps=3, restarts=5)

@@ -1,4 +1,5 @@
 """W-PGD against vectors computed with the published code, where that code is right."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -34,7 +35,9 @@ def test_w_pgd_equals_the_published_code(assets, index, case):
     q = float(q)
     p = torch.inf if q == 1 else conjugate(q)  # conjugation is its own inverse
     threat = ThreatModel("Linf" if s == "1" else "L2", float(delta), p)
-    assert upsilon(gradient_norms(model, [(x, y)], loss.lower(), threat.norm), q).value == pytest.approx(float(their_upsilon), rel=1e-5)
+    assert upsilon(gradient_norms(model, [(x, y)], loss.lower(), threat.norm), q).value == pytest.approx(
+        float(their_upsilon), rel=1e-5
+    )
     x_adv = w_pgd(model, x, y, threat=threat, loss=loss.lower(), steps=int(steps), step_ratio=float(ratio))
     if f"x_adv_{index}" in z:
         assert np.abs(z[f"x_adv_{index}"] - x_adv[:16].numpy()).max() < 1e-5

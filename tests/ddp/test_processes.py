@@ -1,4 +1,5 @@
 """Two real processes give what one gives: perturbations, Upsilon, weights to rounding, verdicts exactly."""
+
 from __future__ import annotations
 
 import os

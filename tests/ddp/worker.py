@@ -1,4 +1,5 @@
 """Trains and evaluates a toy network on this process's share and writes what it got; started by test_processes.py."""
+
 from __future__ import annotations
 
 import sys
@@ -14,11 +15,10 @@ from robustify.data import from_tensors
 from robustify.distributed import World, make_accelerator
 from robustify.evaluation import evaluate
 from robustify.methods import Wasserstein
-from robustify.pipeline import follow
 from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
 from robustify.threat import ThreatModel
-from robustify.train import prepare, train
+from robustify.train import follow, prepare, train
 
 
 class Recorder(Wasserstein):
@@ -45,21 +45,36 @@ def main(out: Path) -> None:
     settings = TrainSettings(epochs=2, batch_size=24, lr=0.05, probe_images=32, batchnorm="frozen")
     layers.select(model.net, "full", [])
     setup = prepare(
-        model, Recorder(steps=2, upsilon="window", upsilon_images=50), ThreatModel.parse("W2-Linf:8/255"), settings, accelerator, "crop-flip", 96
+        model,
+        Recorder(steps=2, upsilon="window", upsilon_images=50),
+        ThreatModel.parse("W2-Linf:8/255"),
+        settings,
+        accelerator,
+        "crop-flip",
+        96,
     )
     assert next(setup.model.parameters()).dtype == torch.float64
     out.mkdir(exist_ok=True)
     follow(train(setup, data, out), lambda event: None)
     report = evaluate(
-        model, data.test, ["pgd:steps=3,restarts=2", "w-pgd:steps=3"], ThreatModel.parse("W2-Linf:8/255"), batch_size=16, world=world
+        model,
+        data.test,
+        ["pgd:steps=3,restarts=2", "w-pgd:steps=3"],
+        ThreatModel.parse("W2-Linf:8/255"),
+        batch_size=16,
+        world=world,
     )
     # a world of three batches for two processes, and one with fewer batches than processes
     tiny = evaluate(model, data.test, ["fgsm"], ThreatModel.parse("Linf:8/255"), n=5, batch_size=16, world=world)
     torch.save(
         {
-            "weights": {k: v.clone() for k, v in net.state_dict().items()}, "upsilon": setup.tracker.value,
-            "perturbations": SEEN, "digest": report.digest(), "tiny": tiny.digest(),
-            "verdicts": {k: torch.from_numpy(v) for k, v in report.verdicts.items()}, "passes": [r.passes for r in report.rows],
+            "weights": {k: v.clone() for k, v in net.state_dict().items()},
+            "upsilon": setup.tracker.value,
+            "perturbations": SEEN,
+            "digest": report.digest(),
+            "tiny": tiny.digest(),
+            "verdicts": {k: torch.from_numpy(v) for k, v in report.verdicts.items()},
+            "passes": [r.passes for r in report.rows],
         },
         out / f"rank{world.rank}.pt",
     )

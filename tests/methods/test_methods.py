@@ -26,7 +26,10 @@ def perturbed(method, threat, net=None, x=X, y=Y, tracker=None):
 def test_the_trades_step_has_the_gradient_of_the_formula():
     """d/dtheta of mean CE(f(x),y) + beta mean sum_c p log(p/q), written out, in double precision, x' held fixed."""
     net = tiny_net().double().eval()
-    x, x_adv = X.double(), (X + 0.03 * torch.randn(X.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1).double()
+    x, x_adv = (
+        X.double(),
+        (X + 0.03 * torch.randn(X.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1).double(),
+    )
     total, parts = Trades(beta=4.0).loss(net(x), net(x_adv), Y)
     total.backward()
     ours = [w.grad.clone() for w in net.parameters()]
@@ -62,7 +65,9 @@ def test_the_kl_ascent_takes_the_gradient_of_kl():
     assert torch.allclose(seen["g"], g, rtol=1e-9, atol=1e-15)
 
 
-@pytest.mark.parametrize("method", [Trades(steps=3), PgdAt(steps=3), FastAt(), Wasserstein(steps=3, cap=2)], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [Trades(steps=3), PgdAt(steps=3), FastAt(), Wasserstein(steps=3, cap=2)], ids=lambda m: m.name
+)
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_perturbations_stay_in_the_ball_and_the_pixels(method, norm):
     eps = {"Linf": 0.03, "L2": 0.5}[norm]
@@ -116,8 +121,12 @@ def test_wrong_images_get_no_budget_and_stay():
 @pytest.mark.parametrize(
     ("method", "forward", "backward"),
     [
-        (Trades(steps=5), 6, 5), (PgdAt(steps=5), 5, 5), (FastAt(), 1, 1), (Wasserstein(steps=5), 6, 6),
-        (Wasserstein(steps=5, inner_loss="redlr"), 5, 5), (Wasserstein(steps=5, inner_loss="ce"), 6, 6),
+        (Trades(steps=5), 6, 5),
+        (PgdAt(steps=5), 5, 5),
+        (FastAt(), 1, 1),
+        (Wasserstein(steps=5), 6, 6),
+        (Wasserstein(steps=5, inner_loss="redlr"), 5, 5),
+        (Wasserstein(steps=5, inner_loss="ce"), 6, 6),
     ],
     ids=lambda v: getattr(v, "name", v),
 )

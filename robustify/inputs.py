@@ -1,0 +1,95 @@
+"""What a run starts from: the model, checked against its published accuracy, its data, and its first weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from robustify import data as datasets
+from robustify import layers
+from robustify.data import Data
+from robustify.distributed import World
+from robustify.errors import UserError
+from robustify.evaluation import evaluate
+from robustify.events import Listener, Note, Progress
+from robustify.pixels import PixelModel
+from robustify.recipe import Recipe
+from robustify.sources import Checkpoint
+from robustify.sources import load as load_source
+from robustify.verify import verify
+
+VERIFY_IMAGES = 500  # of the test set; a standard error of 1.6 points at 85 %
+
+
+def load_inputs(recipe: Recipe, listener: Listener) -> tuple[Checkpoint, Data]:
+    """Return the recipe's model and data. Raises UserError when their classes do not agree."""
+    m, d = recipe.model, recipe.data
+    listener(Progress("loading the model", 0, 1))
+    checkpoint = load_source(
+        m.source,
+        dataset=m.dataset,
+        threat=m.threat,
+        num_classes=m.num_classes,
+        pretrained=m.pretrained,
+        models_dir=Path(m.models_dir) if m.models_dir else None,
+        allow_pickle=m.allow_pickle,
+    )
+    data = datasets.load(
+        d.name,
+        root=Path(d.root) if d.root else None,
+        val_fraction=d.val_fraction,
+        seed=recipe.train.seed,
+        input_size=checkpoint.input_size,
+        limit=d.limit,
+        progress=lambda done, total: listener(Progress("reading the data", done, total)),
+    )
+    if data.num_classes != checkpoint.num_classes:
+        raise UserError(
+            f"{checkpoint.base_id} has {checkpoint.num_classes} classes, {d.name} has {data.num_classes}",
+            f"take data of the same classes, or replace a timm model's classifier: --set model.num_classes={data.num_classes}",
+        )
+    return checkpoint, data
+
+
+def gate(recipe: Recipe, checkpoint: Checkpoint, data: Data, world: World, tell: Listener) -> None:
+    """The loaded model's clean accuracy against the published one, before anything is spent on it."""
+    if not recipe.model.verify or not recipe.model.pretrained:
+        tell(Note("the model's clean accuracy is not checked against its published figure", "warning"))
+        return
+    n = min(VERIFY_IMAGES, len(data.test))
+    report = evaluate(
+        checkpoint.model,
+        data.test,
+        ["clean"],
+        recipe.threat,
+        n=n,
+        batch_size=min(64, recipe.eval.batch_size),
+        world=world,
+        tell=lambda stage, done, total: tell(Progress("checking the model", done, total)),
+    )
+    tell(Note(verify(report.rows[0].accuracy, n, checkpoint, recipe.data.name, data.num_classes)))
+
+
+def prepare_weights(recipe: Recipe, model: PixelModel, data: Data) -> list[str]:
+    """Find the classifier where it is needed, and initialise the weights as the recipe says."""
+    t = recipe.train
+    classifier: list[str] = []
+    if t.layers == "last" or t.init == "reinit":
+        x, _ = data.test.batch([0, 1])
+        classifier = layers.find_classifier(model.net, normalised(model, x.to(next(model.parameters()).device)))
+    if t.init == "reinit":
+        layers.reinitialise(model.net, classifier, t.seed)
+    elif t.init == "noise":
+        layers.add_weight_noise(model.net, t.init_noise, t.seed)
+    return classifier
+
+
+def normalised(model: PixelModel, x: Tensor) -> Tensor:
+    """Images as the network behind the normalisation takes them."""
+    return (x - model.mean) / model.std
+
+
+def augmentation(recipe: Recipe, data: Data) -> str:
+    """The recipe's kind of augmentation, or the one that suits the data."""
+    return data.augmentation if recipe.data.augment == "auto" else recipe.data.augment

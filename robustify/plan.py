@@ -1,0 +1,91 @@
+"""The plan of a run: everything loaded and checked, one step timed, nothing written."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import torch
+
+from robustify import layers
+from robustify.data import Data
+from robustify.distributed import World, make_accelerator
+from robustify.events import Listener
+from robustify.inputs import augmentation, gate, load_inputs, normalised, prepare_weights
+from robustify.memory import memory_explained
+from robustify.recipe import Recipe
+from robustify.sources import Checkpoint
+from robustify.train import prepare, take_step
+
+
+def plan(recipe: Recipe, *, listener: Listener | None = None) -> dict[str, Any]:
+    """Load everything, check it, run one batch and return the plan: what `--dry-run` prints. Writes nothing."""
+    listener = listener or (lambda event: None)
+    accelerator = make_accelerator(recipe.train.precision)
+    with memory_explained(recipe):
+        checkpoint, data = load_inputs(recipe, listener)
+        gate(recipe, checkpoint, data, World(accelerator), listener)
+        facts = planned(recipe, checkpoint, data)
+        return facts | _time_one_step(recipe, checkpoint, data, accelerator)
+
+
+def planned(recipe: Recipe, checkpoint: Checkpoint, data: Data) -> dict[str, Any]:
+    """The facts of a run before it starts: what trains, on what, at what cost in passes."""
+    net = checkpoint.model.net
+    x, _ = data.test.batch([0, 1])
+    classifier = layers.find_classifier(net, normalised(checkpoint.model, x)) if recipe.train.layers == "last" else []
+    flags = [(w, w.requires_grad) for w in net.parameters()]
+    chosen = layers.select(net, recipe.train.layers, classifier)
+    for weight, flag in flags:
+        weight.requires_grad_(flag)
+    steps, epochs = len(data.train) // recipe.train.batch_size, recipe.train.epochs
+    return {
+        "model": checkpoint.base_id,
+        "architecture": checkpoint.arch,
+        "license": checkpoint.license or "unknown",
+        "data": f"{data.name}: {len(data.train)} train, {len(data.val)} held out, {len(data.test)} test",
+        "threat": recipe.threat.spec,
+        "method": recipe.method.name,
+        "trains": f"{recipe.train.layers}: {chosen.trainable:,} of {chosen.total:,} parameters",
+        "classifier": ", ".join(classifier) or None,
+        "steps": f"{steps} per epoch, {steps * epochs} in {epochs} epochs of batch {recipe.train.batch_size}",
+        # a backward pass to the input costs about 1.2 forward passes, one to the weights about 2.6 (docs/speed.md)
+        "passes per step": f"{recipe.method.passes(1.2, 2.6):.1f} forward passes of the batch",
+    }
+
+
+def _time_one_step(recipe: Recipe, checkpoint: Checkpoint, data: Data, accelerator: Any) -> dict[str, Any]:
+    """Run one real training step on a copy and project the run's time from it.
+
+    On a GPU the whole batch, to see that it fits; on a CPU, where time is proportional to the images, 16 of them.
+    """
+    model = copy.deepcopy(checkpoint.model).to(accelerator.device)
+    layers.select(model.net, recipe.train.layers, prepare_weights(recipe, model, data))
+    batch = min(len(data.train), recipe.train.batch_size)
+    n = batch if accelerator.device.type == "cuda" else min(batch, 16)
+    settings = recipe.train.model_copy(update={"batch_size": n, "accumulate": 1})
+    setup = prepare(
+        model, recipe.method, recipe.threat, settings, accelerator, augmentation(recipe, data), len(data.train)
+    )
+    if setup.tracker:
+        setup.tracker.measure(torch.ones(2, dtype=torch.float64), 2)
+    images = data.train.batch(range(n))
+    begin = time.perf_counter()
+    losses, _ = take_step(setup, iter([images]), 0)
+    took = (time.perf_counter() - begin) * batch / n
+    steps = len(data.train) // recipe.train.batch_size * recipe.train.epochs
+    return {
+        "one step": f"{took:.2f} s for a batch of {batch}, from one of {n}; loss {losses['total']:.4g}",
+        "training time": f"about {_duration(took * steps)}, without evaluation",
+    }
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
