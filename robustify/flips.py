@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,7 @@ def flip_distances(
     per correctly classified image. Raises UserError for L1, where steepest ascent moves one pixel at a time.
     """
     parts = []
-    for number, i in enumerate(range(0, len(x), batch_size)):
+    for i in range(0, len(x), batch_size):
         rows = slice(i, i + batch_size)
         parts.append(
             flip_batch(
@@ -81,7 +82,7 @@ def flip_distances(
                 steps=steps,
                 targets=targets,
                 restarts=restarts,
-                seed=mix(seed, number),
+                seed=seed,
                 candidates=[images[rows] for images in candidates],
             )
         )
@@ -105,11 +106,11 @@ def flip_batch(
     seed: int = 0,
     candidates: Sequence[Tensor] = (),
 ) -> Flips:
-    """The same for one batch: what `flip_distances` does to batch number k with the seed mix(seed, k)."""
+    """The same for one batch, whose random starts depend on seed and its images: on any process they are the same."""
     if norm not in ("Linf", "L2"):
         raise UserError(f"flip distances are searched in Linf and L2, not in {norm}", "take W2-Linf:8/255 or W2-L2:0.5")
     largest = largest if largest is not None else LARGEST_RADIUS[norm]
-    draws = Draws(seed, x.device)
+    draws = Draws(mix(seed, crc32(x.cpu().numpy().tobytes())), x.device)
     with borrowed(model):
         search = _Search(model, x, y, norm, largest)
         search.shorten(candidates)

@@ -1,0 +1,61 @@
+"""The knapsack attack spends no more than its budget, on the cheapest flips, on any number of processes."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+import torch
+from helpers import tiny_net, toy_data
+
+from robustify.attacks import w_pgd
+from robustify.attacks.knapsack import knapsack
+from robustify.flips import flip_distances
+from robustify.knapsack import shares, worst_accuracy
+from robustify.threat import ThreatModel, norms
+
+
+@pytest.mark.parametrize("threat", ["W2-Linf:2/255", "W1.5-L2:0.1", "W8-L2:0.2", "Winf-L2:0.1"])
+def test_whole_flips_are_bought_cheapest_first(threat):
+    net, (x, y) = tiny_net().eval(), toy_data(48)
+    y = net(x).argmax(1).detach()
+    y[:4] = (y[:4] + 1) % 4
+    t = ThreatModel.parse(threat)
+    settings = {"steps": 10, "targets": 2, "restarts": 1, "batch_size": 16}
+    x_adv = knapsack(net, x, y, threat=t, **settings)
+    d = flip_distances(net, x, y, norm=t.norm, **settings).distances
+    bought = torch.tensor(shares(d.numpy(), t.eps, t.p)) == 1
+    assert 0 < bought.sum() < len(x)
+    assert torch.equal(net(x_adv).argmax(1) != y, bought)
+    assert torch.equal(x_adv[~bought], x[~bought])
+    size = norms(x_adv.double() - x.double(), t.norm)
+    spent = size.max() if t.p == math.inf else (size**t.p).mean() ** (1 / t.p)
+    assert spent <= t.eps * (1 + 1e-9)
+    left = 1 - bought.double().mean()
+    assert 0 <= left - worst_accuracy(d.numpy(), t.eps, t.p) < 1 / len(x)
+    assert left <= (net(w_pgd(net, x, y, threat=t, steps=20)).argmax(1) == y).double().mean()
+
+
+def test_several_processes_move_what_one_moves():
+    """Each knows its own images, and the sums over all; two threads stand in for two processes."""
+    net, (x, y) = tiny_net().eval(), toy_data(48)
+    y = net(x).argmax(1).detach()
+    settings = {"threat": ThreatModel("L2", 0.1, 2.0), "steps": 10, "targets": 1, "restarts": 2, "batch_size": 8}
+    barrier, given = Barrier(2), [torch.zeros(1), torch.zeros(1)]
+
+    def run(rank: int) -> torch.Tensor:
+        def reduce(value: torch.Tensor) -> torch.Tensor:
+            given[rank] = value
+            barrier.wait(60)
+            total = given[0] + given[1]
+            barrier.wait(60)
+            return total
+
+        rows = slice(24 * rank, 24 * rank + 24)
+        return knapsack(tiny_net().eval(), x[rows], y[rows], reduce=reduce, **settings)
+
+    with ThreadPoolExecutor(2) as pool:
+        parts = list(pool.map(run, range(2)))
+    assert torch.equal(torch.cat(parts), knapsack(net, x, y, **settings))
