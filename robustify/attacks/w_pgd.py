@@ -3,6 +3,7 @@
 Every image moves along its own steepest direction by a length proportional to ||g||_*^(q-1), so that images the loss is
 sensitive at move further, while the mean cost E[||x'-x||^p] stays within delta^p.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -23,7 +24,13 @@ def _alone(sums: Tensor) -> Tensor:
 
 
 def w_fgsm(
-    model: nn.Module, x: Tensor, y: Tensor, *, threat: ThreatModel, loss: str = "redlr", batch_size: int = 256,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: ThreatModel,
+    loss: str = "redlr",
+    batch_size: int = 256,
     reduce: Reduce = _alone,
 ) -> Tensor:
     """One step of W-PGD of full length: x + delta * h(g) * (||g||_*/Upsilon)^(q-1), clamped to [0,1]."""
@@ -31,8 +38,16 @@ def w_fgsm(
 
 
 def w_pgd(
-    model: nn.Module, x: Tensor, y: Tensor, *, threat: ThreatModel, loss: str = "redlr", steps: int = 50,
-    step_ratio: float = 1.875, batch_size: int = 256, reduce: Reduce = _alone,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: ThreatModel,
+    loss: str = "redlr",
+    steps: int = 50,
+    step_ratio: float = 1.875,
+    batch_size: int = 256,
+    reduce: Reduce = _alone,
 ) -> Tensor:
     """Return the iterate, [N, ...] in [0,1], at which the fewest images are classified correctly.
 
