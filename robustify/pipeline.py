@@ -4,7 +4,6 @@ network in memory."""
 from __future__ import annotations
 
 import copy
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from robustify.pixels import PixelModel
 from robustify.plan import planned
 from robustify.recipe import Recipe, build
 from robustify.report import Report, save_pair
-from robustify.runs import flat, open_run, write_facts
+from robustify.runs import begin_run, clear_state, flat, open_run
 from robustify.sources import Checkpoint
 from robustify.threat import ThreatModel
 from robustify.train import Outcome, follow, prepare, train
@@ -141,7 +140,7 @@ def harden(
             with tempfile.TemporaryDirectory() as scratch:
                 result = _run(recipe, checkpoint, data, accelerator, Path(scratch), None, "", listener, export_it=False)
                 return replace(result, folder=None)
-        at = open_run(Path(out), recipe, "auto", force)
+        at = open_run(Path(out), recipe, "never", force)
         return _run(
             recipe, checkpoint, data, accelerator, Path(out), at, "robustify.harden(...)", listener, export_it=True
         )
@@ -167,17 +166,11 @@ def _run(
     if (warning := busy_cores()) is not None:
         tell(Note(warning, "warning"))
     tell(Planned(planned(recipe, checkpoint, data)))
-    if world.is_main:
-        write_facts(folder, recipe, command)
-    world.wait()
-
-    before_at = folder / "before.json"
-    if resume is not None and before_at.exists():
-        before = Report.load(before_at)
-    else:
+    before = world.on_main(lambda: _begin(folder, recipe, command, resume, data))
+    if before is None:
         before = _measure(recipe, checkpoint, model, data, world, "before", tell)
         if world.is_main:
-            before.save(before_at)
+            before.save(folder / "before.json")
     tell(Measured("before", before))
 
     classifier = prepare_weights(recipe, model, data)
@@ -196,11 +189,26 @@ def _run(
         if export_it:
             _export(folder, recipe, checkpoint, model, data, (before, after), outcome, command)
             tell(Exported(folder / "model"))
-        for leftover in ("before.json", "before.npz", "best.safetensors"):
-            (folder / leftover).unlink(missing_ok=True)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        clear_state(folder)
     world.wait()
     return Result(model.net, (before, after), outcome, folder, model, recipe)
+
+
+def _begin(folder: Path, recipe: Recipe, command: str, resume: Path | None, data: Data) -> Report | None:
+    """Write the run's facts. Returns the first measurement of a run that continues, None when it is still to be made."""
+    begin_run(folder, recipe, command, anew=resume is None)
+    if resume is None or not (folder / "before.json").exists():
+        return None
+    before = Report.load(folder / "before.json")
+    if before.data != _named(data):
+        raise UserError(
+            f"the run in {folder} began on the data {before.data}, this is {_named(data)}", "start anew with --force"
+        )
+    return before
+
+
+def _named(data: Data) -> str:
+    return f"{data.name} ({data.digest})"
 
 
 def _measure(
@@ -219,7 +227,7 @@ def _measure(
         world=world,
         tell=lambda stage, done, total: tell(Progress(f"{when}: {stage}", done, total)),
         model_id=checkpoint.base_id if when == "before" else f"{checkpoint.base_id} + {recipe.method.name}",
-        data_name=f"{data.name} ({data.digest})",
+        data_name=_named(data),
     )
 
 

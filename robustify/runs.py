@@ -14,6 +14,8 @@ from robustify.errors import UserError
 from robustify.recipe import Recipe, build
 from robustify.report import environment
 
+_STATE = ("before.json", "before.npz", "best.safetensors")  # beside checkpoints/
+
 
 def open_run(folder: Path, recipe: Recipe, resume: str, force: bool) -> Path | None:
     """Decide between a new run and a continued one. Returns the checkpoint to continue from, or None."""
@@ -23,15 +25,24 @@ def open_run(folder: Path, recipe: Recipe, resume: str, force: bool) -> Path | N
             raise UserError(f"no checkpoint in {resume}", "give the folder of an unfinished run, or --resume never")
         _same_recipe(Path(resume), recipe)
         return found
-    unfinished = (folder / "recipe.yaml").exists() and not (folder / "model" / "README.md").exists()
-    if resume == "auto" and unfinished and not force:
+    if resume == "auto" and not force and _unfinished(folder):
         _same_recipe(folder, recipe)
         return checkpoints.latest(folder / "checkpoints")
     files.new_folder(folder, force)
-    if force and folder.exists():
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        (folder / "best.safetensors").unlink(missing_ok=True)
     return None
+
+
+def _unfinished(folder: Path) -> bool:
+    """Whether a run began here and has not ended: the card is written last, and then the training state goes."""
+    left = any((folder / name).exists() for name in _STATE)
+    return (folder / "recipe.yaml").exists() and (left or not (folder / "model" / "README.md").exists())
+
+
+def clear_state(folder: Path) -> None:
+    """Remove what only an unfinished run needs."""
+    for name in _STATE:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def _same_recipe(folder: Path, recipe: Recipe) -> None:
@@ -57,8 +68,10 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def write_facts(folder: Path, recipe: Recipe, command: str) -> None:
-    """The resolved recipe, with the command at its head, and the environment."""
+def begin_run(folder: Path, recipe: Recipe, command: str, anew: bool) -> None:
+    """Write the resolved recipe, with the command at its head, and the environment; a new run drops an older one's state."""
+    if anew:
+        clear_state(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_text(folder / "recipe.yaml", (f"# {command}\n" if command else "") + recipe.to_yaml())
     files.write_json(folder / "environment.json", environment("cuda" if torch.cuda.is_available() else "cpu"))
