@@ -12,6 +12,7 @@ import yaml
 from robustify.attacks.autoattack import apgd_ce, apgd_t, autoattack, fab_t, square, standard
 from robustify.attacks.cascade import Cascade, Stage
 from robustify.attacks.fgsm import fgsm
+from robustify.attacks.knapsack import knapsack
 from robustify.attacks.pgd import pgd
 from robustify.attacks.screen import screen, screen_stages
 from robustify.attacks.w_pgd import w_fgsm, w_pgd
@@ -52,6 +53,13 @@ ATTACKS: dict[str, AttackInfo] = {
     ),
     "w-pgd": AttackInfo(
         w_pgd, "projected ascent, budget shared over the set", "Bai et al. 2023, arXiv 2306.09844", True, ("Linf", "L2")
+    ),
+    "knapsack": AttackInfo(
+        knapsack,
+        "the cheapest flips of a minimum-norm search, budget shared over the set",
+        "arXiv 2510.10000",
+        True,
+        ("Linf", "L2"),
     ),
 }
 # what evaluate passes in by itself

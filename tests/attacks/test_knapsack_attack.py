@@ -43,6 +43,7 @@ def test_several_processes_move_what_one_moves():
     net, (x, y) = tiny_net().eval(), toy_data(48)
     y = net(x).argmax(1).detach()
     settings = {"threat": ThreatModel("L2", 0.1, 2.0), "steps": 10, "targets": 1, "restarts": 2, "batch_size": 8}
+    nets = [tiny_net().eval(), tiny_net().eval()]
     barrier, given = Barrier(2), [torch.zeros(1), torch.zeros(1)]
 
     def run(rank: int) -> torch.Tensor:
@@ -54,7 +55,7 @@ def test_several_processes_move_what_one_moves():
             return total
 
         rows = slice(24 * rank, 24 * rank + 24)
-        return knapsack(tiny_net().eval(), x[rows], y[rows], reduce=reduce, **settings)
+        return knapsack(nets[rank], x[rows], y[rows], reduce=reduce, **settings)
 
     with ThreadPoolExecutor(2) as pool:
         parts = list(pool.map(run, range(2)))
