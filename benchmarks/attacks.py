@@ -4,10 +4,10 @@
     ROBUSTIFY_ASSETS=DIR python benchmarks/attacks.py --network asset:resnet2b2_adv8 --n 256 --out attacks.json
 
 PGD-10 against torchattacks, adv-lib, foolbox and ART, each as its users call it, and each where it is installed
-(pip install torchattacks adv-lib foolbox adversarial-robustness-toolbox); w-pgd against a plain restatement of the
-published loop; standard AutoAttack against pyautoattack alone. All run in turn, round after round, so a drift of the
-machine's speed meets all alike; medians are compared. Every verdict is a forward pass in full precision, and its time is
-counted. Differences under a tenth are not established. Run it on an idle machine.
+(pip install 'robustify[peers]'; adv-lib is not among them: its dependency visdom does not build); w-pgd against a plain
+restatement of the published loop; standard AutoAttack against pyautoattack alone. All run in turn, round after round, so
+a drift of the machine's speed meets all alike; medians are compared. Every verdict is a forward pass in full precision,
+and its time is counted. Differences under a tenth are not established. Run it on an idle machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 """The public load, evaluate and export: they take a model and data in whatever form people have them."""
+
 from __future__ import annotations
 
 import json
@@ -37,8 +38,14 @@ DEFAULT_ATTACKS: tuple[str, ...] = EvalSettings.model_fields["attacks"].default
 
 
 def load(
-    source: str | Path, *, dataset: str | None = None, threat: str | None = None, num_classes: int | None = None,
-    models_dir: str | Path | None = None, pretrained: bool = True, allow_pickle: bool = False,
+    source: str | Path,
+    *,
+    dataset: str | None = None,
+    threat: str | None = None,
+    num_classes: int | None = None,
+    models_dir: str | Path | None = None,
+    pretrained: bool = True,
+    allow_pickle: bool = False,
 ) -> Checkpoint:
     """Return the Checkpoint that `source` names: `.model` maps images in [0,1] to logits. Raises UserError.
 
@@ -46,8 +53,13 @@ def load(
     robustify/sources. The other arguments are those of `sources.load`.
     """
     return sources.load(
-        str(source), dataset=dataset, threat=threat, num_classes=num_classes, pretrained=pretrained,
-        models_dir=Path(models_dir) if models_dir else None, allow_pickle=allow_pickle,
+        str(source),
+        dataset=dataset,
+        threat=threat,
+        num_classes=num_classes,
+        pretrained=pretrained,
+        models_dir=Path(models_dir) if models_dir else None,
+        allow_pickle=allow_pickle,
     )
 
 
@@ -64,6 +76,10 @@ def evaluate(
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
     model_id: str | None = None,
+    check: bool = True,
+    fast_search: bool = False,
+    resume_folder: str | Path | None = None,
+    keep_adversarials: bool = False,
     world: World | None = None,
     listener: Listener | None = None,
 ) -> Report:
@@ -75,6 +91,9 @@ def evaluate(
     attacks: `clean`, `pgd:steps=50,restarts=5`; by default clean, FGSM, PGD and W-PGD as far as the norms allow.
     threat: one or several, `Linf:8/255`, `W2-Linf:8/255`. n: images, drawn by the seed; None for all.
     split: test, val or train, of a Data or a name; of a name, the seed also says which images are held out for val.
+    check: look for signs of gradient masking and of broken models, on 64 images; what is found is in `report.notes`.
+    fast_search, resume_folder, keep_adversarials: as in robustify.evaluation; the command line's --fast-search,
+    --resume and --keep-adversarials.
     Raises UserError for what the user can mend.
     """
     pixel_model, checkpoint = _pixel_model(model, mean, std)
@@ -90,15 +109,32 @@ def evaluate(
             listener(Progress(stage, done, total))
 
     return measure(
-        pixel_model, images, attacks if attacks is not None else _fitting(DEFAULT_ATTACKS, threats), threats, n=n,
-        batch_size=batch_size, seed=seed, world=world, tell=tell, data_name=name, split_name=split,
+        pixel_model,
+        images,
+        attacks if attacks is not None else _fitting(DEFAULT_ATTACKS, threats),
+        threats,
+        n=n,
+        batch_size=batch_size,
+        seed=seed,
+        world=world,
+        tell=tell,
+        data_name=name,
+        split_name=split,
+        check=check,
+        fast_search=fast_search,
+        resume_folder=Path(resume_folder) if resume_folder else None,
+        keep_adversarials=keep_adversarials,
         model_id=model_id or (checkpoint.base_id if checkpoint else type(pixel_model.net).__name__),
     )
 
 
 def export(
-    model: Checkpoint | str | Path, folder: str | Path, *, models_dir: str | Path | None = None,
-    allow_pickle: bool = False, force: bool = False,
+    model: Checkpoint | str | Path,
+    folder: str | Path,
+    *,
+    models_dir: str | Path | None = None,
+    allow_pickle: bool = False,
+    force: bool = False,
 ) -> Path:
     """Write a model into a new folder in timm's layout, read it back and compare; return the folder's absolute path.
 
@@ -120,8 +156,14 @@ def export(
                 head = opened.metadata() or {}
     images = torch.rand(4, *checkpoint.input_size, generator=torch.Generator().manual_seed(0))
     target = write_model(
-        checkpoint, checkpoint.model, folder, verify_batch=images, metadata=head, force=force,
-        class_names=config.get("label_names") or (), robustness=config.get("robustness") or {},
+        checkpoint,
+        checkpoint.model,
+        folder,
+        verify_batch=images,
+        metadata=head,
+        force=force,
+        class_names=config.get("label_names") or (),
+        robustness=config.get("robustness") or {},
     )
     if origin is not None and (origin / "README.md").is_file():
         files.write_bytes(target / "README.md", (origin / "README.md").read_bytes())
@@ -159,6 +201,7 @@ def _images(
     """Return (the images, the data's name, its number of classes where known)."""
     size = checkpoint.input_size if checkpoint else None
     if isinstance(data, str | Path):
+
         def progress(done: int, total: int) -> None:
             if listener is not None:
                 listener(Progress("reading the data", done, total))

@@ -27,6 +27,7 @@ METHOD_PAPERS = {  # by arXiv number, in model_cards/papers.bib
     "pgd-at": ("1706.06083",),
     "fast-at": ("2001.03994",),
 }
+HIDDEN = ("stages", "left")  # of a cascade: they are in the report
 SIZES = {"Linf": "largest change of any channel", "L2": "Euclidean length", "L1": "sum of absolute changes"}
 
 
@@ -71,7 +72,7 @@ def render(
         name=name,
         summary=_summary(name, checkpoint, recipe, before, after),
         table=_table(before, after, headlines),
-        notes=" ".join(dict.fromkeys([*before.notes, *after.notes])),
+        notes=" ".join([*after.notes, *(f"Before hardening: {n}" for n in before.notes if n not in after.notes)]),
         headlines="\n".join(_headline(found) for found in headlines),
         attacks=_attacks(after),
         seed=after.seed,
@@ -191,7 +192,7 @@ def _headline(found: Headline) -> str:
 def _attacks(after: Report) -> str:
     lines = [["Attack", "Threat", "Settings", "Forward / backward passes per image", "Seconds"], ["---"] * 5]
     for row in after.rows:
-        settings = ", ".join(f"{key}={value}" for key, value in row.settings.items())
+        settings = ", ".join(f"{key}={value}" for key, value in row.settings.items() if key not in HIDDEN)
         passes = " / ".join(f"{row.passes[key]:g}" for key in ("forward", "backward") if key in row.passes)
         lines.append([attack_name(row), _shown(row.threat), settings, passes, f"{row.seconds:.1f}"])
     return _rows(lines)

@@ -228,6 +228,7 @@ def _measure(
         tell=lambda stage, done, total: tell(Progress(f"{when}: {stage}", done, total)),
         model_id=checkpoint.base_id if when == "before" else f"{checkpoint.base_id} + {recipe.method.name}",
         data_name=_named(data),
+        check=True,
     )
 
 

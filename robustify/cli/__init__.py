@@ -1,4 +1,5 @@
 """The command line: one verb, one file. A verb parses, calls the library and shows what came back."""
+
 from __future__ import annotations
 
 import sys
@@ -9,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from robustify import console
-from robustify.cli import copy, env, evaluate, export, finetune, ls, sensitivity, show
+from robustify.cli import compare, copy, env, evaluate, export, finetune, ls, sensitivity, show
 from robustify.errors import UserError
 
 
@@ -35,12 +36,24 @@ class Verbs(TyperGroup):
 
 
 app = typer.Typer(
-    cls=Verbs, name="robustify", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-    rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]},
+    cls=Verbs,
+    name="robustify",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb, run in {
-    "finetune": finetune.run, "evaluate": evaluate.run, "sensitivity": sensitivity.run, "export": export.run,
-    "ls": ls.run, "show": show.run, "copy": copy.run, "env": env.run,
+    "finetune": finetune.run,
+    "evaluate": evaluate.run,
+    "compare": compare.run,
+    "sensitivity": sensitivity.run,
+    "export": export.run,
+    "ls": ls.run,
+    "show": show.run,
+    "copy": copy.run,
+    "env": env.run,
 }.items():
     app.command(verb)(run)
 

@@ -1,4 +1,5 @@
 """robustify copy: a recipe to edit."""
+
 from __future__ import annotations
 
 import shlex

@@ -1,4 +1,5 @@
 """robustify env: what a figure, or a bug report, may depend on."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,5 @@
 """robustify evaluate: what a model holds against."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -30,8 +31,22 @@ def run(
         Option("--threat", metavar="THREAT", help="Repeatable; W2-Linf:8/255.  [default: the run's, or Linf:8/255]"),
     ] = None,
     n: options.Images = None,
-    split: options.SplitName = "test",
-    output: Annotated[Path | None, Option("-o", "--output", metavar="FILE", help="Write the report there.")] = None,
+    split: Annotated[str | None, Option(metavar="NAME", help="test, val or train.  [default: test]")] = None,
+    output: Annotated[
+        Path | None, Option("-o", "--output", metavar="FILE", help="Write the report there, FILE.partial meanwhile.")
+    ] = None,
+    resume: Annotated[bool, Option("--resume", help="Go on with what an interrupted evaluation left.")] = False,
+    keep: Annotated[
+        bool, Option("--keep-adversarials", help="Keep the adversarial images beside the report, for --recheck.")
+    ] = False,
+    recheck: Annotated[
+        Path | None,
+        Option("--recheck", metavar="REPORT", help="Classify the images kept beside this report again; 1 on a change."),
+    ] = None,
+    fast_search: Annotated[
+        bool, Option("--fast-search", help="Pointwise attacks search in bfloat16; verdicts stay in full precision.")
+    ] = False,
+    no_checks: Annotated[bool, Option("--no-checks", help="Do not look for signs of gradient masking.")] = False,
     batch_size: options.BatchSize = 256,
     seed: options.Seed = None,
     models_dir: options.ModelsDir = None,
@@ -45,31 +60,55 @@ def run(
 
     \b
     robustify evaluate runs/digits-wasserstein
-    robustify evaluate Zhang2019 --attack pgd:steps=50 --threat Linf:8/255
+    robustify evaluate Zhang2019 --attack autoattack --threat Linf:8/255 -o report.json
     """
+    if recheck:
+        _recheck(source, recheck, data, split, models_dir, allow_pickle, seed, as_json)
+        return
     with console.status("loading torch"):
-        from robustify import api
+        from robustify import api, pieces
         from robustify.distributed import World, launched, make_accelerator, relaunch
         from robustify.threat import ThreatModel
     against = [ThreatModel.parse(threat) for threat in threats or ()]
+    arguments = options.typed(context)
     if processes > 1 and not launched():
-        raise typer.Exit(relaunch(processes, options.without(options.typed(context), "--processes")))
+        raise typer.Exit(relaunch(processes, options.without(arguments, "--processes")))
     accelerator = make_accelerator()
+    world = World(accelerator)
+    partial = world.on_main(lambda: _partial(output, resume, keep))
     recipe = recipe_of(source)
-    with console.Watch() as watch:
-        checkpoint, found = load(source, data, recipe, models_dir, allow_pickle, seed, watch)
-        checkpoint.model.to(accelerator.device)
-        report = api.evaluate(
-            checkpoint, found.to(accelerator.device), attacks=attacks, split=split, batch_size=batch_size,
-            threat=against or [recipe.threat if recipe else api.DEFAULT_RADIUS], seed=seed or 0,
-            n=options.count(n, len(api.split_named(found, split))),
-            model_id=Path(source).resolve().name if Path(source).is_dir() else None,
-            world=World(accelerator), listener=watch,
-        )
+    try:
+        with console.Watch() as watch:
+            checkpoint, found = load(source, data, recipe, models_dir, allow_pickle, seed, watch)
+            checkpoint.model.to(accelerator.device)
+            report = api.evaluate(
+                checkpoint,
+                found.to(accelerator.device),
+                attacks=attacks,
+                threat=against or [recipe.threat if recipe else api.DEFAULT_RADIUS],
+                n=options.count(n, len(api.split_named(found, split or "test"))),
+                split=split or "test",
+                batch_size=batch_size,
+                seed=seed or 0,
+                model_id=Path(source).resolve().name if Path(source).is_dir() else None,
+                check=not no_checks,
+                fast_search=fast_search,
+                resume_folder=partial,
+                keep_adversarials=keep,
+                world=world,
+                listener=watch,
+            )
+    except KeyboardInterrupt:
+        if partial is None or not partial.exists():
+            raise
+        again = options.command([*arguments, *([] if resume else ["--resume"])])
+        console.note(f"interrupted; this continues the evaluation: {again}")
+        raise typer.Exit(130) from None
     for note in report.notes:
         console.note(note)
-    if output and console.is_main():
+    if output and partial and world.is_main:
         report.save(output)
+        pieces.finish(partial, kept(output) if keep else None)
         console.note(f"report: {output}")
     if as_json:
         console.result_json(report.to_json())
@@ -77,8 +116,18 @@ def run(
         console.table(report.table())
 
 
+def kept(report: Path) -> Path:
+    """Where the adversarial images of a report are."""
+    return report.with_suffix(".adversarials")
+
+
 def load(
-    source: str, data: str | None, recipe: Recipe | None, models_dir: Path | None, allow_pickle: bool, seed: int | None,
+    source: str,
+    data: str | None,
+    recipe: Recipe | None,
+    models_dir: Path | None,
+    allow_pickle: bool,
+    seed: int | None,
     watch: console.Watch,
 ) -> tuple[Checkpoint, Data]:
     """Return the model, and the data named or else that it was trained on, split as the run did. Raises UserError."""
@@ -97,7 +146,9 @@ def load(
     if data in (None, "imagenet"):
         raise UserError(f"which data should {source} be measured on?", "name it: --data cifar10, or --data folder:PATH")
     return checkpoint, datasets.load(
-        data, input_size=checkpoint.input_size, **how,
+        data,
+        input_size=checkpoint.input_size,
+        **how,
         progress=lambda done, total: watch(Progress("reading the data", done, total)),
     )
 
@@ -111,3 +162,72 @@ def recipe_of(source: str) -> Recipe | None:
         if (place / "recipe.yaml").is_file() and (place / "model").is_dir():
             return resolve(str(place / "recipe.yaml")).recipe
     return None
+
+
+def _partial(output: Path | None, resume: bool, keep: bool) -> Path | None:
+    """Return the folder of the finished batches, checked; None without a report to write. Raises UserError."""
+    if output is None:
+        flag = "--resume" if resume else "--keep-adversarials" if keep else None
+        if flag:
+            raise UserError(f"{flag} needs the report's file", "name it: -o report.json")
+        return None
+    if output.is_dir():
+        raise UserError(f"the report {output} is a folder", f"name a file: -o {output / 'report.json'}")
+    folder = output.with_name(f"{output.name}.partial")
+    if folder.exists() and not resume:
+        raise UserError(f"{folder} holds an unfinished evaluation", "--resume continues it, or remove it")
+    return folder
+
+
+def _recheck(
+    source: str,
+    path: Path,
+    data: str | None,
+    split: str | None,
+    models_dir: Path | None,
+    allow_pickle: bool,
+    seed: int | None,
+    as_json: bool,
+) -> None:
+    """Classify the adversarial images kept beside a report again; exit with 1 when a verdict is another."""
+    with console.status("loading torch"):
+        from robustify import api
+        from robustify.distributed import make_accelerator
+        from robustify.events import Progress
+        from robustify.recheck import recheck
+        from robustify.report import Report
+    report = Report.load(path)
+    if not report.verdicts:
+        raise UserError(f"the verdicts of {path} are missing", f"they belong beside it, in {path.with_suffix('.npz')}")
+    if split not in (None, report.split):
+        raise UserError(f"{path} is of the split {report.split}, not {split}", "leave out --split")
+    device = make_accelerator().device
+    with console.Watch() as watch:
+        checkpoint, found = load(
+            source, data, recipe_of(source), models_dir, allow_pickle, report.seed if seed is None else seed, watch
+        )
+        checkpoint.model.to(device)
+        changed = recheck(
+            checkpoint.model,
+            api.split_named(found.to(device), report.split),
+            report,
+            kept(path),
+            tell=lambda stage, done, total: watch(Progress(stage, done, total)),
+        )
+    if as_json:
+        console.result_json({"report": str(path), "changed": changed})
+    else:
+        rows = {row.key: row for row in report.rows}
+        named = [(rows[key], count) for key, count in changed.items()]
+        console.table([
+            {
+                "attack": row.attack,
+                "threat": (row.threat or "").replace(":", " "),
+                "n": str(row.n),
+                "changed verdicts": str(count),
+            }
+            for row, count in named
+        ])  # fmt: skip
+    if any(changed.values()):
+        console.mistake("not every verdict is reproduced", "another device or version of torch rounds otherwise")
+        raise typer.Exit(1)

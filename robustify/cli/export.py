@@ -1,4 +1,5 @@
 """robustify export: a model folder elsewhere, read back and compared."""
+
 from __future__ import annotations
 
 import shlex

@@ -1,10 +1,9 @@
 """robustify finetune: harden a model, measure it before and after, export it."""
+
 from __future__ import annotations
 
-import os
 import re
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,33 +69,42 @@ def run(
     """
     with console.status("loading torch"):
         from robustify import pipeline
-        from robustify.plan import plan
         from robustify.distributed import launched, relaunch
+        from robustify.plan import plan
         from robustify.recipe import resolve
     flags: dict[str, Any] = {
-        "model.source": model, "model.num_classes": num_classes, "model.models_dir": models_dir and str(models_dir),
-        "model.allow_pickle": allow_pickle or None, "model.verify": False if no_verify else None,
-        "method.name": method, "data.name": data, "threat": threat, "train.layers": layers, "train.epochs": epochs,
-        "train.precision": precision, "train.seed": seed, "train.tracker": tracker,
+        "model.source": model,
+        "model.num_classes": num_classes,
+        "model.models_dir": models_dir and str(models_dir),
+        "model.allow_pickle": allow_pickle or None,
+        "model.verify": False if no_verify else None,
+        "method.name": method,
+        "data.name": data,
+        "threat": threat,
+        "train.layers": layers,
+        "train.epochs": epochs,
+        "train.precision": precision,
+        "train.seed": seed,
+        "train.tracker": tracker,
     }
     resolved = resolve(recipe, flags, settings or ())
     arguments = options.typed(context)
     if dry_run:
         with console.Watch() as watch:
             facts = plan(resolved.recipe, listener=watch)
-        _show_plan(resolved, facts, _command(a for a in arguments if a != "--dry-run"), as_json)
+        _show_plan(resolved, facts, options.command(a for a in arguments if a != "--dry-run"), as_json)
         return
     if processes > 1 and not launched():
         raise typer.Exit(relaunch(processes, options.without(arguments, "--processes")))
     folder = output or Path("runs") / default_name(resolved.recipe.model.source, resolved.recipe.method.name)
-    command = _command(arguments)
+    command = options.command(arguments)
     try:
         with console.Watch() as watch:
             result = pipeline.finetune(
                 resolved.recipe, folder, resume=resume, force=force, command=command, listener=watch
             )
     except KeyboardInterrupt:
-        again = _command(a for a in options.without(arguments, "--resume") if a != "--force")
+        again = options.command(a for a in options.without(arguments, "--resume") if a != "--force")
         console.note(f"interrupted; this continues the run: {again}")
         raise typer.Exit(130) from None
     _show_result(*result.report, result.folder or folder, as_json)
@@ -116,7 +124,8 @@ def compare(before: Report, after: Report) -> list[dict[str, Any]]:
     old = {row.key: row for row in before.rows}
     lines = [
         _line(row.attack, old[row.key], row, before.verdicts.get(row.key), after.verdicts.get(row.key))
-        for row in after.rows if row.key in old
+        for row in after.rows
+        if row.key in old
     ]
     for threat in (threat for threat in after.threats if threat in before.threats):
         new = after.headline(threat)
@@ -142,14 +151,19 @@ def _show_result(before: Report, after: Report, folder: Path, as_json: bool) -> 
         reports = {"before": before.to_json(), "after": after.to_json()}
         console.result_json({"folder": str(folder), "comparison": lines, **reports, "next": following})
         return
-    console.table([
-        {
-            "attack": line["attack"], "threat": (line["threat"] or "").replace(":", " "),
-            "before": percent(line["before"]), "after": percent(line["after"]),
-            "change in points": _points(line["difference"]), "n": str(line["n"]),
-        }
-        for line in lines
-    ])
+    console.table(
+        [
+            {
+                "attack": line["attack"],
+                "threat": (line["threat"] or "").replace(":", " "),
+                "before": percent(line["before"]),
+                "after": percent(line["after"]),
+                "change in points": _points(line["difference"]),
+                "n": str(line["n"]),
+            }
+            for line in lines
+        ]
+    )
     console.result(f"model: {folder / 'model'}")
     console.result(f"next: {following}")
 
@@ -177,10 +191,3 @@ def _value(values: Any, key: str) -> str:
     for part in key.split("."):
         values = values[part]
     return ", ".join(map(str, values)) if isinstance(values, list) else str(values)
-
-
-def _command(arguments: Iterable[str]) -> str:
-    """The command to type, for one of several processes that of all of them."""
-    typed = ["robustify", *arguments]
-    several = os.environ.get("WORLD_SIZE", "1")
-    return shlex.join(typed if several == "1" else [*typed, "--processes", several])

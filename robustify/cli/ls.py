@@ -1,4 +1,5 @@
 """robustify ls: what there is to choose from."""
+
 from __future__ import annotations
 
 from enum import StrEnum
@@ -73,9 +74,14 @@ def _models(query: str, dataset: str | None, threat: str | None, models_dir: Pat
 
         return [
             {
-                "name": info.id, "data": info.dataset, "threat": info.threat, "architecture": info.architecture,
-                "published_clean": info.clean_acc, "published_robust": info.robust_acc,
-                "extra_data": info.additional_data, "file_here": info.file is not None,
+                "name": info.id,
+                "data": info.dataset,
+                "threat": info.threat,
+                "architecture": info.architecture,
+                "published_clean": info.clean_acc,
+                "published_robust": info.robust_acc,
+                "extra_data": info.additional_data,
+                "file_here": info.file is not None,
             }
             for info in sources.names(query, dataset, threat, models_dir)
         ]
@@ -88,7 +94,9 @@ def _methods() -> Lines:
         {
             "name": name,
             "threat": "none" if not method.adversarial else "distributional" if method.distributional else "pointwise",
-            "norms": " ".join(method.norms), "about": method.summary, "paper": method.paper,
+            "norms": " ".join(method.norms),
+            "about": method.summary,
+            "paper": method.paper,
             "settings": {key: field.default for key, field in method.model_fields.items() if key != "name"},
         }
         for name, method in METHODS.items()
@@ -101,8 +109,11 @@ def _attacks() -> Lines:
         from robustify.attacks import options as settings_of
     return [
         {
-            "name": name, "threat": "distributional" if info.distributional else "pointwise",
-            "norms": " ".join(info.norms), "about": info.summary, "paper": info.paper,
+            "name": name,
+            "threat": "distributional" if info.distributional else "pointwise",
+            "norms": " ".join(info.norms),
+            "about": info.summary,
+            "paper": info.paper,
             "settings": settings_of(name),
         }
         for name, info in ATTACKS.items()

@@ -1,8 +1,11 @@
 """The arguments that several verbs share, and the command line as it was typed."""
+
 from __future__ import annotations
 
+import os
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +37,13 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what the output ho
 def typed(context: typer.Context) -> list[str]:
     """Return the arguments as they were typed, the verb first."""
     return list((context.obj or {}).get("arguments", sys.argv[1:]))
+
+
+def command(arguments: Iterable[str]) -> str:
+    """Return the command to type, for one of several processes that of all of them."""
+    typed = ["robustify", *arguments]
+    several = os.environ.get("WORLD_SIZE", "1")
+    return shlex.join(typed if several == "1" else [*typed, "--processes", several])
 
 
 def without(arguments: Sequence[str], option: str) -> list[str]:

@@ -1,4 +1,5 @@
 """robustify sensitivity: Upsilon, how fast the expected loss rises with a distributional attack."""
+
 from __future__ import annotations
 
 import time
@@ -64,22 +65,35 @@ def run(
             begin = time.perf_counter()
             stream = watch.over(batches(images, lists, device, 0), f"gradients of {loss}", len(lists))
             measured = upsilon(gradient_norms(model, stream, loss, against.norm), conjugate(order), len(images))
-            lines.append({
-                "loss": loss, "upsilon": measured.value, "standard_error": measured.se,
-                "loss_rise": measured.value * against.eps, "top_1_percent_share": measured.top_share, "n": measured.n,
-                "passes_per_image": {"forward": 1, "backward": 1}, "seconds": time.perf_counter() - begin,
-            })
+            lines.append(
+                {
+                    "loss": loss,
+                    "upsilon": measured.value,
+                    "standard_error": measured.se,
+                    "loss_rise": measured.value * against.eps,
+                    "top_1_percent_share": measured.top_share,
+                    "n": measured.n,
+                    "passes_per_image": {"forward": 1, "backward": 1},
+                    "seconds": time.perf_counter() - begin,
+                }
+            )
     if as_json:
         facts = {"model": checkpoint.base_id, "data": found.name, "split": split, "threat": against.spec}
         console.result_json({**facts, "losses": lines})
         return
-    console.table([
-        {
-            "loss": line["loss"], "Upsilon": f"{line['upsilon']:.4g}",
-            "standard error": f"{line['standard_error']:.2g}", f"loss rise at {against}": f"{line['loss_rise']:.4g}",
-            "top 1 % share": f"{100 * line['top_1_percent_share']:.1f} %", "n": str(line["n"]),
-            "passes per image": "1 forward, 1 backward", "seconds": f"{line['seconds']:.1f}",
-        }
-        for line in lines
-    ])
+    console.table(
+        [
+            {
+                "loss": line["loss"],
+                "Upsilon": f"{line['upsilon']:.4g}",
+                "standard error": f"{line['standard_error']:.2g}",
+                f"loss rise at {against}": f"{line['loss_rise']:.4g}",
+                "top 1 % share": f"{100 * line['top_1_percent_share']:.1f} %",
+                "n": str(line["n"]),
+                "passes per image": "1 forward, 1 backward",
+                "seconds": f"{line['seconds']:.1f}",
+            }
+            for line in lines
+        ]
+    )
     console.note("the rise is delta * Upsilon, to first order: what an attack can do is estimated, not certified")

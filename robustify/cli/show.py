@@ -1,4 +1,5 @@
 """robustify show: the text of a recipe."""
+
 from __future__ import annotations
 
 from typing import Annotated

@@ -1,4 +1,5 @@
 """The command line run in this process, in an empty folder; and one finished run for all tests."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,5 @@
 """finetune: the plan, the result, the refusals."""
+
 from __future__ import annotations
 
 import json
@@ -45,7 +46,14 @@ def test_dry_run_prints_each_value_with_its_origin_and_writes_nothing(robustify,
     model = "{source: timm:robustify_digits_cnn, pretrained: false}"
     (tmp_path / "mine.yaml").write_text(f"model: {model}\ndata: {{name: digits, limit: 300}}\nmethod: trades\n")
     ran = robustify(
-        "finetune", "mine.yaml", "--threat", "Linf:0.1", "--dry-run", "--set", "train.lr=1e-3", "--set",
+        "finetune",
+        "mine.yaml",
+        "--threat",
+        "Linf:0.1",
+        "--dry-run",
+        "--set",
+        "train.lr=1e-3",
+        "--set",
         "method.steps=1",
     )
     assert ran.code == 0, ran.err
@@ -59,16 +67,19 @@ def test_dry_run_prints_each_value_with_its_origin_and_writes_nothing(robustify,
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["--threat", "Linf:8"], "did you mean Linf:8/255?"),
-    (["--set", "train.learning_rate=0.1"], "unknown key train.learning_rate = 0.1"),
-    (["--set", "trian.lr=0.1"], "unknown key trian"),
-    (["--set", "lr"], "'lr' is not of the form key=value"),
-    (["--method", "trade"], "unknown method 'trade'. Did you mean trades?"),
-    (["--epochs", "0"], "train.epochs = 0"),
-    (["--precision", "half"], "train.precision = 'half'"),
-    (["--set", "eval.attacks=[pdg]"], "Did you mean pgd?"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--threat", "Linf:8"], "did you mean Linf:8/255?"),
+        (["--set", "train.learning_rate=0.1"], "unknown key train.learning_rate = 0.1"),
+        (["--set", "trian.lr=0.1"], "unknown key trian"),
+        (["--set", "lr"], "'lr' is not of the form key=value"),
+        (["--method", "trade"], "unknown method 'trade'. Did you mean trades?"),
+        (["--epochs", "0"], "train.epochs = 0"),
+        (["--precision", "half"], "train.precision = 'half'"),
+        (["--set", "eval.attacks=[pdg]"], "Did you mean pgd?"),
+    ],
+)
 def test_mistakes_are_named_with_their_correction(robustify, arguments, said, tiny):
     ran = robustify("finetune", *tiny, *arguments)
     assert (ran.code, ran.out) == (2, "")
@@ -91,8 +102,24 @@ def test_flags_become_settings_and_the_folder_has_a_name(robustify, monkeypatch,
 
     monkeypatch.setattr(pipeline, "finetune", record)
     robustify(
-        "finetune", *tiny, "--layers", "last", "--seed", "3", "--precision", "bf16", "--num-classes", "10",
-        "--allow-pickle", "--models-dir", "weights", "--resume", "never", "--force", "--tracker", "tensorboard",
+        "finetune",
+        *tiny,
+        "--layers",
+        "last",
+        "--seed",
+        "3",
+        "--precision",
+        "bf16",
+        "--num-classes",
+        "10",
+        "--allow-pickle",
+        "--models-dir",
+        "weights",
+        "--resume",
+        "never",
+        "--force",
+        "--tracker",
+        "tensorboard",
     )
     recipe = seen["recipe"]
     assert (recipe.model.num_classes, recipe.model.allow_pickle, recipe.model.models_dir) == (10, True, "weights")
@@ -127,13 +154,16 @@ def test_several_processes_get_the_same_arguments(robustify, monkeypatch, tiny):
     assert asked[-1].endswith("eval.n=64 --processes 2")
 
 
-@pytest.mark.parametrize(("source", "name"), [
-    ("Zhang2019", "Zhang2019-trades"),
-    ("robustbench:cifar10/Linf/Wang2023Better_WRN-28-10", "Wang2023Better_WRN-28-10-trades"),
-    ("hf-hub:timm/resnet18.a1_in1k", "resnet18.a1_in1k-trades"),
-    ("runs/old/model/", "old-trades"),
-    ("../some model", "some-model-trades"),
-])
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("Zhang2019", "Zhang2019-trades"),
+        ("robustbench:cifar10/Linf/Wang2023Better_WRN-28-10", "Wang2023Better_WRN-28-10-trades"),
+        ("hf-hub:timm/resnet18.a1_in1k", "resnet18.a1_in1k-trades"),
+        ("runs/old/model/", "old-trades"),
+        ("../some model", "some-model-trades"),
+    ],
+)
 def test_default_names(source, name):
     assert default_name(source, "trades") == name
 

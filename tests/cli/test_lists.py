@@ -1,4 +1,5 @@
 """ls, show, copy, env: no model is loaded."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """Exit codes, where the text goes, what it costs to ask for help."""
+
 from __future__ import annotations
 
 import json
@@ -10,7 +11,7 @@ import pytest
 
 from robustify import shelf
 
-VERBS = ["finetune", "evaluate", "sensitivity", "export", "ls", "show", "copy", "env"]
+VERBS = ["finetune", "evaluate", "compare", "sensitivity", "export", "ls", "show", "copy", "env"]
 
 
 def python(*arguments, **options):

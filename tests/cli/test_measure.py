@@ -1,14 +1,19 @@
 """evaluate, sensitivity and export of a finished run."""
+
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from robustify.report import Report
+from robustify import measure
+from robustify.report import Report, load_pair
 
 
 def test_evaluate_takes_data_and_threat_from_the_run(robustify, finished, tmp_path):
@@ -18,7 +23,10 @@ def test_evaluate_takes_data_and_threat_from_the_run(robustify, finished, tmp_pa
     header, *lines = [line.split("\t") for line in ran.out.splitlines()]
     assert header == ["attack", "threat", "accuracy", "interval", "n", "seconds"]
     assert [line[:2] for line in lines] == [
-        ["clean", ""], ["fgsm", "Linf 0.1"], ["pgd", "Linf 0.1"], ["worst case", "Linf 0.1"],
+        ["clean", ""],
+        ["fgsm", "Linf 0.1"],
+        ["pgd", "Linf 0.1"],
+        ["worst case", "Linf 0.1"],
     ]
     report = Report.load(tmp_path / "report.json")
     assert report.model_id == "run"
@@ -37,14 +45,17 @@ def test_evaluate_speaks_json(robustify, finished):
     assert [row["attack"] for row in value["rows"]] == ["clean"]
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["--n", "ten"], "--n ten is not a number of images"),
-    (["--n", "100000"], "asked for 100000 images"),
-    (["--split", "tset"], "unknown split 'tset'"),
-    (["--attack", "pdg"], "Did you mean pgd?"),
-    (["--threat", "Linf:8"], "did you mean Linf:8/255?"),
-    (["--data", "digit"], "unknown data set 'digit'"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--n", "ten"], "--n ten is not a number of images"),
+        (["--n", "100000"], "asked for 100000 images"),
+        (["--split", "tset"], "unknown split 'tset'"),
+        (["--attack", "pdg"], "Did you mean pgd?"),
+        (["--threat", "Linf:8"], "did you mean Linf:8/255?"),
+        (["--data", "digit"], "unknown data set 'digit'"),
+    ],
+)
 def test_evaluate_names_mistakes(robustify, finished, arguments, said):
     ran = robustify("evaluate", finished[0], *arguments)
     assert (ran.code, ran.out) == (2, "")
@@ -81,3 +92,114 @@ def test_export_copies_the_model_and_its_card(robustify, finished, tmp_path):
     assert refused.code == 2
     assert "--force" in refused.err
     assert robustify("export", folder, "copy", "--force", "--json").code == 0
+
+
+FEW = ["--attack", "fgsm", "--attack", "pgd:steps=2", "--n", "40", "--threat", "Linf:0.03"]
+
+
+def test_an_interrupted_evaluation_goes_on(robustify, tmp_path, monkeypatch):
+    whole = robustify("evaluate", "digits", *FEW, "--batch-size", "16", "-o", "whole.json")
+    assert whole.code == 0, whole.err
+    calls = []
+
+    def attack(*arguments):
+        calls.append(0)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    real = measure._attack
+    monkeypatch.setattr(measure, "_attack", attack)
+    ran = robustify("evaluate", "digits", *FEW, "--batch-size", "16", "-o", "report.json")
+    assert ran.code == 130
+    assert ran.err.splitlines()[-1].endswith("--batch-size 16 -o report.json --resume")
+    assert not (tmp_path / "report.json").exists()
+    refused = robustify("evaluate", "digits", *FEW, "--batch-size", "16", "-o", "report.json")
+    assert refused.code == 2
+    assert "--resume continues it, or remove it" in refused.err
+    other = robustify("evaluate", "digits", *FEW, "--batch-size", "8", "-o", "report.json", "--resume")
+    assert other.code == 2
+    assert "begun with another batch_size" in other.err
+    done = len(calls)
+    assert robustify("evaluate", "digits", *FEW, "--batch-size", "16", "-o", "report.json", "--resume").code == 0
+    first, second = Report.load(tmp_path / "whole.json"), Report.load(tmp_path / "report.json")
+    assert first.digest() == second.digest()
+    assert 0 < len(calls) - done < 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.npz", "whole.json", "whole.npz"]
+
+
+def test_kept_images_reproduce_the_verdicts(robustify, tmp_path):
+    assert robustify("evaluate", "digits", *FEW, "-o", "report.json", "--keep-adversarials").code == 0
+    ran = robustify("evaluate", "digits", "--recheck", "report.json")
+    assert ran.code == 0, ran.err
+    header, *lines = [line.split("\t") for line in ran.out.splitlines()]
+    assert header == ["attack", "threat", "n", "changed verdicts"]
+    assert sorted((line[0], line[-1]) for line in lines) == [("fgsm", "0"), ("pgd", "0")]
+    report = Report.load(tmp_path / "report.json")
+    verdicts = {**report.verdicts, "fgsm Linf:0.03": np.roll(report.verdicts["fgsm Linf:0.03"], 1)}
+    dataclasses.replace(report, verdicts=verdicts).save(tmp_path / "report.json")
+    ran = robustify("evaluate", "digits", "--recheck", "report.json", "--json")
+    changed = json.loads(ran.out)["changed"]
+    assert ran.code == 1
+    assert changed["fgsm Linf:0.03"] > 0
+    assert changed["pgd Linf:0.03"] == 0
+    (tmp_path / "report.npz").unlink()
+    ran = robustify("evaluate", "digits", "--recheck", "report.json")
+    assert ran.code == 2
+    assert "verdicts of report.json are missing" in ran.err
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--resume"], "--resume needs the report's file"),
+    (["--keep-adversarials"], "--keep-adversarials needs the report's file"),
+    (["-o", "."], "is a folder"),
+    (["--recheck", "nowhere.json"], "no report nowhere.json"),
+])  # fmt: skip
+def test_what_reports_need_is_said_before_anything_is_spent(robustify, finished, arguments, said):
+    ran = robustify("evaluate", finished[0], *arguments)
+    assert (ran.code, ran.out) == (2, "")
+    assert said in ran.err
+
+
+def test_checks_and_notes_are_shown(robustify, finished):
+    folder, _ = finished
+    arguments = ["evaluate", "digits", "--attack", "screen", "--n", "20", "--json"]
+    ran = robustify(*arguments, "--fast-search")
+    assert json.loads(ran.out)["checks"]["images"] == 20
+    assert "not AutoAttack" in ran.err
+    assert "searched in bfloat16" in ran.err
+    assert json.loads(robustify(*arguments, "--no-checks").out)["checks"] == {}
+    assert load_pair(folder / "report.json")[1].checks["images"] == 64
+
+
+def test_compare_before_and_after(robustify, finished, tmp_path):
+    folder, _ = finished
+    ran = robustify("compare", folder)
+    assert ran.code == 0, ran.err
+    header, *lines = [line.split("\t") for line in ran.out.splitlines()]
+    assert header == ["model", "attack", "threat", "before", "after", "difference", "interval", "p"]
+    assert [line[1] for line in lines] == ["clean", "fgsm", "pgd", "w-pgd", "worst case"]
+    assert "n = 64" in ran.err
+    ran = robustify("compare", folder, "-o", "gain.png", "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)[0]["n"] == 64
+    assert (tmp_path / "gain.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_several_reports(robustify, finished, tmp_path):
+    folder, _ = finished
+    for name in ("a", "b"):
+        shutil.copytree(folder, tmp_path / name)
+    ran = robustify("compare", "a", "b", "a/report.json", "--json")
+    found = json.loads(ran.out)
+    assert [one["after"] for one in found] == ["b", "a/report.json"]  # one name for all: told apart by their paths
+    assert {line["difference"] for one in found for line in one["differences"]} == {0}
+    for arguments, said in (
+        (["a", "nowhere.json"], "no report nowhere.json"),
+        (["a", "b", "a", "-o", "x.png"], "a figure shows two reports, not 3"),
+        (["a", "b", "-o", "x.pdf"], "a picture is a .png or a .svg"),
+        (["a", "a/recipe.yaml"], "cannot read the report"),
+    ):
+        ran = robustify("compare", *arguments)
+        assert (ran.code, ran.out) == (2, "")
+        assert said in ran.err
