@@ -104,7 +104,8 @@ def table(rows: list[dict[str, Any]], norm: str) -> str:
         figures = [f"{100 * row[key]:.1f}" for key in keys]
         digits = row["network"].startswith("mnist") and norm == "Linf"
         scale, suffix = (1, "") if digits or unit == 1 else (255, "/255")
-        delta, t = f"{row['delta'] * scale:.4g}{suffix}", f"{row['t'] * scale:.3g}{suffix}"
+        delta = f"{row['delta'] * scale:.4g}{suffix}"
+        t = "all" if row["t"] == float("inf") else f"{row['t'] * scale:.3g}{suffix}"
         lines.append("| " + " | ".join([row["network"], str(row["n"]), delta, *figures, t]) + " |")
     return "\n".join(lines)
 
