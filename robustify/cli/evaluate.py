@@ -109,6 +109,8 @@ def run(
     if output and partial and world.is_main:
         report.save(output)
         pieces.finish(partial, kept(output) if keep else None)
+        if not keep and kept(output).is_dir():
+            pieces.finish(kept(output))  # of the report that was there before
         console.note(f"report: {output}")
     if as_json:
         console.result_json(report.to_json())

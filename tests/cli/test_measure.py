@@ -143,6 +143,8 @@ def test_kept_images_reproduce_the_verdicts(robustify, tmp_path):
     assert ran.code == 1
     assert changed["fgsm Linf:0.03"] > 0
     assert changed["pgd Linf:0.03"] == 0
+    assert robustify("evaluate", "digits", "--attack", "clean", "-o", "report.json").code == 0
+    assert not (tmp_path / "report.adversarials").exists()  # they were another report's
     (tmp_path / "report.npz").unlink()
     ran = robustify("evaluate", "digits", "--recheck", "report.json")
     assert ran.code == 2
