@@ -192,7 +192,8 @@ def main() -> None:
     print(f"{'method':12} {'floor s':>8} {'fp32/floor':>11} {'fp32/bf16':>10} {'gradient cosine':>16}")
     for row in rows:
         print(
-            f"{row['method']:12} {row['floor_s']:8.2f} {row['fp32_over_floor']:11.3f} {row['fp32_over_bf16']:10.2f} {row['cosine']:16.4f}"
+            f"{row['method']:12} {row['floor_s']:8.2f} {row['fp32_over_floor']:11.3f} {row['fp32_over_bf16']:10.2f} "
+            f"{row['cosine']:16.4f}"
         )
     print(f"data, augmentation and log: {100 * extra:.2f} % of a fast-at step")
     compiled = compiled_gain(model, x, y, args.rounds) if args.compile else None

@@ -138,7 +138,8 @@ def _summary(name: str, checkpoint: Checkpoint, recipe: Mapping[str, Any], befor
     method, threat = recipe["method"]["name"], _shown(recipe["threat"])
     sentences = [
         f"{name} is an image classifier: `{checkpoint.base_id}`, fine-tuned on {dataset_name(after)} by robustify with "
-        f"the method {method}, so that it withstands adversarial perturbations ({threat})."
+        f"the method {method}, "
+        + ("which gives no robustness." if method == "standard" else f"against adversarial perturbations ({threat}).")
     ]
     if after.clean:
         was = f" (before: {percent(before.clean.accuracy)})" if before.clean else ""
@@ -156,7 +157,9 @@ def _table(before: Report, after: Report, headlines: Sequence[Headline]) -> str:
     was = {row.key: row for row in before.rows}
     lines = [["Attack", "Threat", "Before", "After", "Change, in points", "n"], ["---"] * 6]
     for row in after.rows:
-        change = _change(before, after, before.verdicts.get(row.key), after.verdicts.get(row.key))
+        # images that share one budget are not independent: no paired interval
+        alone = row.kind != "distributional"
+        change = _change(before, after, *(r.verdicts.get(row.key) if alone else None for r in (before, after)))
         lines.append(_line(attack_name(row), row.threat, was.get(row.key), row, change))
     for found in headlines:
         if len(found.attacks) > 1:

@@ -69,9 +69,9 @@ def facts(values: Mapping[str, Any]) -> None:
     table([{"name": name, "value": str(value)} for name, value in values.items() if value is not None], header=False)
 
 
-def note(text: str, style: str = "") -> None:
-    """Print a line on stderr."""
-    if not is_main():
+def note(text: str, style: str = "", anywhere: bool = False) -> None:
+    """Print a line on stderr; of several processes only the main one's, unless `anywhere`."""
+    if not (anywhere or is_main()):
         return
     sys.stdout.flush()
     if _err().is_terminal:
@@ -82,9 +82,10 @@ def note(text: str, style: str = "") -> None:
 
 def mistake(message: str, hint: str = "") -> None:
     """Print what is wrong and what would do, on stderr."""
-    note(f"error: {message}", "red")
+    process = "" if is_main() else f" [process {os.environ.get('RANK')}]"
+    note(f"error{process}: {message}", "red", anywhere=True)
     if hint:
-        note(f"hint: {hint}")
+        note(f"hint: {hint}", anywhere=True)
 
 
 @contextmanager

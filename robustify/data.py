@@ -133,13 +133,13 @@ def _folder(_: str, path: Path, input_size: InputSize | None) -> Source:
     splits, classes, grey = read_folder(path, input_size)
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # the folder's name only: where it lies is nobody's business on a model card
-    return Source(path.resolve().name, dict(splits), GREY if grey else COLOUR, classes, threads=threads)
+    return Source(f"folder:{path.resolve().name}", dict(splits), GREY if grey else COLOUR, classes, threads=threads)
 
 
 def _npz(_: str, path: Path, input_size: InputSize | None) -> Source:
     splits: dict[str, Split] = {part: pair_split(x, y, f"{path.name} {part}", input_size)
                                 for part, (x, y) in read_npz(path).items()}
-    return Source(path.stem, splits, _usual(splits["train"]))
+    return Source(f"npz:{path.stem}", splits, _usual(splits["train"]))
 
 
 READERS: dict[str, Callable[[str, Path, InputSize | None], Source]] = {

@@ -26,10 +26,12 @@ def make_accelerator(precision: str = "no", tracker: str | None = None, log_dir:
         raise UserError("fp16 needs a CUDA device", "take --precision bf16")
     # The two forwards of one step would each broadcast BatchNorm's statistics between them, and break the backward pass.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    # verdicts, budgets and the exact passes are fp32; TF32 would round them to ten bits
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     # accelerate keeps the first precision of a process for good; a second run in the same one may want another
     AcceleratorState._reset_state()
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=precision,
             cpu=not torch.cuda.is_available(),
             kwargs_handlers=[ddp],
@@ -39,6 +41,9 @@ def make_accelerator(precision: str = "no", tracker: str | None = None, log_dir:
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"cannot start with precision {precision}, tracker {tracker}: {error}") from None
+    if tracker and not accelerator.log_with:
+        raise UserError(f"the tracker {tracker} is not installed", f"pip install {tracker}, or leave --tracker out")
+    return accelerator
 
 
 class World:
@@ -81,6 +86,7 @@ class World:
                 outcome = (None, error)
         result, error = broadcast_object_list([outcome])[0]
         if error is not None:
+            error.told = not self.is_main  # the main process says it
             raise error
         return result
 

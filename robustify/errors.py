@@ -1,4 +1,5 @@
 """The one exception for a user's mistake."""
+
 from __future__ import annotations
 
 
@@ -11,6 +12,7 @@ class UserError(Exception):
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message + (f"\n  {hint}" if hint else ""))
         self.message = message
+        self.told = False  # whether another process says it
         self.hint = hint
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str]]:

@@ -23,15 +23,7 @@ from robustify.pixels import PixelModel
 from robustify.report import Report, environment
 from robustify.threat import ThreatModel
 
-__all__ = ["counted", "evaluate", "sample", "threats_for"]
-
-
-def threats_for(attack: AttackSpec, threat: ThreatModel) -> ThreatModel:
-    """The threat under which an attack measures: pointwise attacks take the ball of that radius, distributional ones
-    the Wasserstein ball of order 2 when the threat is pointwise."""
-    if attack.info.distributional:
-        return threat if threat.distributional else ThreatModel(threat.norm, threat.eps, 2.0)
-    return threat.pointwise()
+__all__ = ["counted", "evaluate", "sample"]
 
 
 def sample(n_available: int, n: int | None, seed: int) -> list[int]:
@@ -157,7 +149,7 @@ def evaluate(
 def _plan(attacks: Sequence[str], threats: Sequence[ThreatModel]) -> list[tuple[str, AttackSpec, ThreatModel]]:
     """(the row's name, attack, threat) of every row; an attack's second settings are part of its name."""
     specs = {str(spec): spec for spec in (AttackSpec.parse(name) for name in attacks if name != "clean")}
-    wanted = dict.fromkeys((text, threats_for(spec, threat)) for text, spec in specs.items() for threat in threats)
+    wanted = dict.fromkeys((text, spec.under(threat)) for text, spec in specs.items() for threat in threats)
     taken: set[tuple[str, ThreatModel]] = set()
     plan = []
     for text, threat in wanted:

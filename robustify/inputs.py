@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from robustify import data as datasets
@@ -15,10 +16,12 @@ from robustify.evaluation import evaluate
 from robustify.events import Listener, Note, Progress
 from robustify.pixels import PixelModel
 from robustify.recipe import Recipe
+from robustify.rng import mix
 from robustify.sources import Checkpoint
 from robustify.sources import load as load_source
 from robustify.verify import verify
 
+_WEIGHTS = 14  # first word of the seed, as in train.py
 VERIFY_IMAGES = 500  # of the test set; a standard error of 1.6 points at 85 %
 
 
@@ -26,15 +29,17 @@ def load_inputs(recipe: Recipe, listener: Listener) -> tuple[Checkpoint, Data]:
     """Return the recipe's model and data. Raises UserError when their classes do not agree."""
     m, d = recipe.model, recipe.data
     listener(Progress("loading the model", 0, 1))
-    checkpoint = load_source(
-        m.source,
-        dataset=m.dataset,
-        threat=m.threat,
-        num_classes=m.num_classes,
-        pretrained=m.pretrained,
-        models_dir=Path(m.models_dir) if m.models_dir else None,
-        allow_pickle=m.allow_pickle,
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mix(recipe.train.seed, _WEIGHTS))  # new classifiers and untrained networks are repeatable
+        checkpoint = load_source(
+            m.source,
+            dataset=m.dataset,
+            threat=m.threat,
+            num_classes=m.num_classes,
+            pretrained=m.pretrained,
+            models_dir=Path(m.models_dir) if m.models_dir else None,
+            allow_pickle=m.allow_pickle,
+        )
     data = datasets.load(
         d.name,
         root=Path(d.root) if d.root else None,
@@ -48,6 +53,11 @@ def load_inputs(recipe: Recipe, listener: Listener) -> tuple[Checkpoint, Data]:
         raise UserError(
             f"{checkpoint.base_id} has {checkpoint.num_classes} classes, {d.name} has {data.num_classes}",
             f"take data of the same classes, or replace a timm model's classifier: --set model.num_classes={data.num_classes}",
+        )
+    if len(data.train) < recipe.train.batch_size:
+        raise UserError(
+            f"batch_size {recipe.train.batch_size} is larger than the {len(data.train)} training images",
+            f"--set train.batch_size={len(data.train) // 2 or 1}",
         )
     return checkpoint, data
 

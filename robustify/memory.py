@@ -27,6 +27,7 @@ def memory_explained(recipe: Recipe) -> Iterator[None]:
             raise UserError(
                 f"not enough memory for batches of {recipe.train.batch_size} (evaluation: {recipe.eval.batch_size}) images",
                 f"take --set train.batch_size={half} --set eval.batch_size={max(1, recipe.eval.batch_size // 2)}, "
-                f"or --set train.accumulate={recipe.train.accumulate * 2} for the same result in smaller passes",
+                f"or --set train.accumulate={recipe.train.accumulate * 2} for nearly the same in smaller passes "
+                "(BatchNorm sees smaller batches)",
             ) from None
         raise

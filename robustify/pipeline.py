@@ -178,7 +178,10 @@ def _run(
     setup = prepare(
         model, recipe.method, recipe.threat, recipe.train, accelerator, augmentation(recipe, data), len(data.train)
     )
-    outcome = follow(train(setup, data, folder, resume=resume, eval_batch=recipe.eval.batch_size), tell)
+    outcome = follow(
+        train(setup, data, folder, resume=resume, eval_batch=recipe.eval.batch_size, workers=recipe.data.workers),
+        tell,
+    )
     model.eval().requires_grad_(True)
     model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
 

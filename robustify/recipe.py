@@ -147,6 +147,14 @@ class Recipe(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _attacks_fit_threat(self) -> Recipe:
+        for text in self.eval.attacks:
+            if text != "clean":
+                spec = AttackSpec.parse(text)
+                _as_value_error(spec.check, spec.under(self.threat))
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
 
@@ -191,7 +199,7 @@ def resolve(name: str | None = None, flags: Mapping[str, Any] | None = None, set
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--set {text!r} is not of the form key=value", "for instance --set method.beta=3")
-        given[key.strip()] = _plain(yaml.safe_load(value)) if value else None
+        given[key.strip()] = _read(value)
     _follow_method(values, given)
     for key, value in given.items():
         _put(values, key, value)
@@ -242,7 +250,8 @@ def _known_keys(loc: Sequence[Any]) -> list[str]:
 def _follow_method(values: dict[str, Any], given: dict[str, Any]) -> None:
     """--method over a recipe of another method: its own defaults, and the recipe's radius as the threat it can train for."""
     new = given.get("method.name")
-    if new is None or new == values.get("method", {}).get("name"):
+    there = values.get("method")
+    if new is None or (isinstance(there, Mapping) and new == there.get("name")):
         return
     values["method"] = {}
     method = METHODS.get(new)
@@ -273,7 +282,9 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
     *outer, last = key.split(".")
     for part in outer:
         inner = values.get(part)
-        values[part] = inner = dict(inner) if isinstance(inner, Mapping) else {}
+        if inner is not None and not isinstance(inner, Mapping):
+            raise UserError(f"{part} = {inner!r} in the recipe is no mapping, so {key} cannot be set in it")
+        values[part] = inner = dict(inner or {})
         values = inner
     values[last] = value
 
@@ -285,8 +296,12 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:
     return keys
 
 
-def _plain(value: Any) -> Any:
-    """YAML reads 1e-3 as text; a number that Python can read is a number."""
+def _read(text: str) -> Any:
+    """The value of a --set: YAML, but text that is no YAML, such as *fc*, is itself, and 1e-3 is a number."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
     if isinstance(value, str):
         try:
             return float(value)
@@ -295,8 +310,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _as_value_error(read: Any, text: str) -> Any:
+def _as_value_error(read: Any, value: Any) -> Any:
     try:
-        return read(text)
+        return read(value)
     except UserError as error:
         raise ValueError(str(error)) from None

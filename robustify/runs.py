@@ -26,8 +26,10 @@ def open_run(folder: Path, recipe: Recipe, resume: str, force: bool) -> Path | N
         _same_recipe(Path(resume), recipe)
         return found
     if resume == "auto" and not force and _unfinished(folder):
-        _same_recipe(folder, recipe)
-        return checkpoints.latest(folder / "checkpoints")
+        found = checkpoints.latest(folder / "checkpoints")
+        if found is not None:  # without one nothing but a measurement is lost
+            _same_recipe(folder, recipe)
+        return found
     files.new_folder(folder, force)
     return None
 
@@ -50,6 +52,8 @@ def _same_recipe(folder: Path, recipe: Recipe) -> None:
         there = build(yaml.safe_load((folder / "recipe.yaml").read_text()))
     except FileNotFoundError:
         raise UserError(f"{folder} is not a run folder: it has no recipe.yaml") from None
+    except (yaml.YAMLError, UserError) as error:
+        raise UserError(f"{folder / 'recipe.yaml'} cannot be read: {error}", "--force starts anew there") from None
     if there.digest != recipe.digest:
         mine, theirs = flat(recipe.to_dict()), flat(there.to_dict())
         changed = [f"{key}: {theirs.get(key)} -> {mine.get(key)}" for key in mine if mine.get(key) != theirs.get(key)]
@@ -72,6 +76,10 @@ def begin_run(folder: Path, recipe: Recipe, command: str, anew: bool) -> None:
     """Write the resolved recipe, with the command at its head, and the environment; a new run drops an older one's state."""
     if anew:
         clear_state(folder)
+        if (folder / "recipe.yaml").exists():  # an older run that --force replaces must not pass for this one's
+            shutil.rmtree(folder / "model", ignore_errors=True)
+            for name in ("report.json", "report.npz", "metrics.jsonl"):
+                (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_text(folder / "recipe.yaml", (f"# {command}\n" if command else "") + recipe.to_yaml())
     files.write_json(folder / "environment.json", environment("cuda" if torch.cuda.is_available() else "cpu"))

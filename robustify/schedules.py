@@ -34,12 +34,12 @@ def make_schedule(optimizer: Optimizer, kind: str, epochs: int, steps_per_epoch:
 
 
 def _triangle(optimizer: Optimizer, total: int) -> Schedule:
-    """From 0 up to the rate at two fifths of the run and back to 0 (Wong et al. 2020)."""
+    """From 0 up to the rate at half of the run and back to 0 (Wong et al. 2020)."""
     peaks = [group["lr"] for group in optimizer.param_groups]
 
     def set_rate(step: int) -> None:
         at = (step + 1) / total
-        share = at / 0.4 if at < 0.4 else (1 - at) / 0.6
+        share = 2 * min(at, 1 - at)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * max(share, 0.0)
 

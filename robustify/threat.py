@@ -22,7 +22,7 @@ Radius = float | Tensor
 NORMS: tuple[Norm, ...] = ("Linf", "L2", "L1")
 
 # Above these an image of any class can be turned into any other: the number is a slip of the unit, not a threat.
-LARGEST_RADIUS = {"Linf": 1.0, "L2": 30.0, "L1": 1000.0}
+LARGEST_RADIUS = {"Linf": 1.0, "L2": 8.0, "L1": 1000.0}
 EXAMPLES = "Linf:8/255, L2:0.5, W2-Linf:8/255 (Wasserstein order 2, ground norm Linf, radius 8/255)"
 _SPEC = re.compile(r"^(?:W(?P<p>inf|\d+(?:\.\d+)?)-)?(?P<norm>Linf|L2|L1)[: ](?P<eps>[^\s:]+)$", re.IGNORECASE)
 

@@ -211,11 +211,12 @@ def take_step(setup: Setup, micro_batches: Iterator[tuple[Tensor, Tensor]], step
 
 
 def train(
-    setup: Setup, data: Data, folder: Path, *, resume: Path | None = None, eval_batch: int = 256
+    setup: Setup, data: Data, folder: Path, *, resume: Path | None = None, eval_batch: int = 256, workers: int = 0
 ) -> Generator[Event, None, Outcome]:
     """Train and yield what happens; at the end the model holds the best epoch's weights. Returns the Outcome.
 
-    folder: gets metrics.jsonl, best.safetensors and checkpoints/. resume: a checkpoint of the same run.
+    folder: gets metrics.jsonl, best.safetensors and checkpoints/. resume: a checkpoint of the same run. workers: processes
+    that decode pictures which are not in memory.
     Raises UserError when the loss stops being a number, with the facts.
     """
     s, world, method = setup.settings, setup.world, setup.method
@@ -239,13 +240,16 @@ def train(
     metrics = _Metrics(folder / "metrics.jsonl", state.step if resume else None, world)
     if state.step == 0:
         clean, robust, name = _probe(setup, probe, eval_batch)
+        if s.init == "loaded":  # a start that no epoch beats is kept, and a fall from it is a collapse
+            state.best, state.best_clean = (robust if method.adversarial else clean), clean
+            _save_best(setup, folder)
         metrics.write(step=0, epoch=0, clean=clean, robust=robust, probe=name)
         yield EpochEnd(0, s.epochs, clean, robust, name, False)
 
     while state.step < steps and not state.collapsed:
         epoch, done = divmod(state.step, per_epoch)
         lists = _epoch_lists(n, epoch, s, world)[done * s.accumulate :]
-        stream = iter(batches(data.train, lists, setup.accelerator.device, 0))
+        stream = iter(batches(data.train, lists, setup.accelerator.device, workers))
         set_train_mode(setup)
         for within in range(done, per_epoch):
             begin = time.perf_counter()
@@ -265,10 +269,10 @@ def train(
             setup.accelerator.log({"lr": lr, **losses}, step=state.step)
             yield StepEnd(state.step, steps, epoch + 1, lr, losses, seen * world.size / took)
             if s.checkpoint_steps and state.step % s.checkpoint_steps == 0 and state.step % per_epoch:
+                _share_statistics(setup)  # one copy of them is saved
                 checkpoints.save(setup.accelerator, world, folder / "checkpoints", state.step)
 
-        if s.batchnorm == "train" and s.layers != "last":
-            world.average_buffers(setup.model)
+        _share_statistics(setup)
         clean, robust, name = _probe(setup, probe, eval_batch)
         score = robust if method.adversarial else clean
         best = score > state.best
@@ -281,12 +285,18 @@ def train(
         metrics.write(step=state.step, epoch=epoch + 1, clean=clean, robust=robust, probe=name, best=best, **extra)
         setup.accelerator.log({"clean": clean, "robust": robust, **extra}, step=state.step)
         yield EpochEnd(epoch + 1, s.epochs, clean, robust, name, best, means, extra)
-        state.collapsed = method.adversarial and score < state.best - s.collapse_drop
+        # near chance there is nothing to lose, and a constant answer counts as robust
+        had_some = method.adversarial and state.best > 1.5 / data.num_classes
+        state.collapsed = had_some and score < state.best - min(s.collapse_drop, state.best / 2)
         if state.collapsed:
             yield Collapsed(epoch + 1, robust, state.best, state.best_epoch)
         checkpoints.save(setup.accelerator, world, folder / "checkpoints", state.step)
 
     metrics.close()
+    if state.best_epoch == 0:
+        yield Note(
+            "no epoch was better on the held-out images than the start, so the start's weights are kept", "warning"
+        )
     world.wait()
     if world.is_main:  # the other processes may be on machines that do not see the folder
         setup.model.net.load_state_dict(load_file(str(folder / "best.safetensors")))
@@ -311,6 +321,12 @@ def _epoch_lists(n: int, epoch: int, s: TrainSettings, world: World) -> list[lis
     rows = world.rows(part)
     count = n // s.batch_size * s.accumulate
     return [order[i * part + rows.start : i * part + rows.stop] for i in range(count)]
+
+
+def _share_statistics(setup: Setup) -> None:
+    """BatchNorm's statistics drift apart between processes; before a probe or a checkpoint all take their mean."""
+    for model in filter(None, (setup.model, setup.ema and setup.ema.module)):
+        setup.world.average_buffers(model)
 
 
 def _measure_upsilon(setup: Setup, train: Split, step: int, batch_size: int) -> Generator[Event, None, None]:

@@ -341,7 +341,7 @@ def test_a_bare_folder_is_answered_with_its_spelling(tmp_path: Path) -> None:
 def test_npz(tmp_path: Path) -> None:
     x, y = (t.numpy() for t in numbered(60))
     given = load(npz(tmp_path / "mine.npz", x_train=x[:40], y_train=y[:40], x_test=x[40:], y_test=y[40:]))
-    assert given.name == "mine"
+    assert given.name == "npz:mine"
     assert numbers(given.test) == set(range(40, 60))
     mixed = load(npz(tmp_path / "mixed.npz", x=x[:40], y=y[:40], x_test=x[40:], y_test=y[40:]))
     assert numbers(mixed.test) == set(range(40, 60))
@@ -367,7 +367,7 @@ def test_folder_of_classes(tmp_path: Path) -> None:
     write_pictures(tmp_path / "pets", {"dog": 20, "cat": 30})
     calls = []
     data = load(f"folder:{tmp_path / 'pets'}", progress=lambda done, total: calls.append((done, total)))
-    assert (data.name, data.class_names, data.num_classes, data.input_size) == ("pets", ["cat", "dog"], 2, (3, 8, 8))
+    assert (data.name, data.class_names, data.num_classes, data.input_size) == ("folder:pets", ["cat", "dog"], 2, (3, 8, 8))
     assert (len(data.test), len(data.val), len(data.train)) == (10, 4, 36)
     assert isinstance(data.train, Resident)
     assert data.train.images.dtype == torch.uint8

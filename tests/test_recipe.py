@@ -82,6 +82,7 @@ def test_all_errors_at_once():
         ({"model.source": "a"}, ["eval.attacks=['pgd:steps=0']"], "positive"),
         ({"model.source": "a"}, ["eval.attacks=['pgd:loss=mse']"], "ce, dlr, redlr"),
         ({"model.source": "a"}, ["nonsense.key=1"], "unknown key nonsense"),
+        ({"model.source": "a", "method.name": "pgd-at", "threat": "L1:1"}, [], "w-pgd does not know the norm L1"),
     ],
 )
 def test_each_mistake_has_its_message(flags, settings, said):
@@ -91,7 +92,7 @@ def test_each_mistake_has_its_message(flags, settings, said):
 
 
 def test_unknown_recipes_and_broken_files(tmp_path):
-    with pytest.raises(UserError, match="Did you mean quickstart?"):
+    with pytest.raises(UserError, match=r"Did you mean quickstart\?"):
         resolve("quikstart")
     with pytest.raises(UserError, match="no recipe file"):
         resolve("missing.yaml")
@@ -105,3 +106,18 @@ def test_every_recipe_that_ships_is_valid_and_says_how_to_run_it(name):
     assert resolve(name).recipe.to_yaml()
     head = [line for line in shelf.text(name).splitlines() if line.startswith("#")]
     assert any(f"robustify finetune {name}" in line for line in head)
+
+
+def test_text_that_is_no_yaml_is_itself():
+    assert resolve(None, {"model.source": "a"}, ["train.layers=*fc*"]).recipe.train.layers == "*fc*"
+
+
+def test_a_section_of_the_wrong_kind_is_refused(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: a\ntrain: 3\n")
+    with pytest.raises(UserError, match="train = 3"):
+        resolve(str(file), {}, ["train.lr=0.1"])
+    file.write_text("model: a\nmethod: [a]\n")
+    with pytest.raises(UserError, match="not valid"):
+        resolve(str(file), {})
+    assert resolve(str(file), {"method.name": "trades"}).recipe.method.name == "trades"

@@ -42,7 +42,7 @@ def test_it_prints_as_in_the_literature():
     [
         ("Linf:8", "did you mean Linf:8/255?"),
         ("W2-Linf:8", "did you mean W2-Linf:8/255?"),
-        ("L2:128", "did you mean L2:128/255?"),
+        ("L2:128", "did you mean L2:128/255?"), ("L2:8", "did you mean L2:8/255?"),
         ("Linf:-1/255", "positive"),
         ("Linf:0", "positive"),
         ("L3:0.5", "cannot read the threat"),
@@ -54,7 +54,7 @@ def test_it_prints_as_in_the_literature():
     ],
 )
 def test_a_wrong_threat_gets_the_correction(text, said):
-    with pytest.raises(UserError, match=".") as error:
+    with pytest.raises(UserError) as error:
         ThreatModel.parse(text)
     assert said in str(error.value)
 

@@ -27,7 +27,7 @@ def data(n=96):
 
 def setup_for(method, threat="Linf:8/255", net=None, **settings):
     model = PixelModel(net or tiny_net())
-    s = TrainSettings(**{"epochs": 2, "batch_size": 32, "lr": 0.05, "probe_images": 32, **settings})
+    s = TrainSettings(**{"epochs": 2, "batch_size": 32, "lr": 0.05, "probe_images": 32, "init": "reinit", **settings})
     layers.select(model.net, s.layers, ["6"])
     return prepare(model, method, ThreatModel.parse(threat), s, make_accelerator(s.precision), "none", 96)
 
@@ -147,7 +147,7 @@ def test_not_a_number_stops_at_once_with_the_facts(tmp_path):
 def test_collapse_is_named_and_rolled_back(tmp_path, monkeypatch):
     from robustify import train as loop
 
-    scores = iter([0.1, 0.5, 0.55, 0.2, 0.6])
+    scores = iter([0.1, 0.5, 0.55, 0.2, 0.6])  # the first is the start's
     monkeypatch.setattr(loop, "_probe", lambda *_: (0.9, next(scores), "probe"))
     kept = {}
     plain = loop._save_best
@@ -157,7 +157,7 @@ def test_collapse_is_named_and_rolled_back(tmp_path, monkeypatch):
         plain(setup, folder)
 
     monkeypatch.setattr(loop, "_save_best", spy)
-    setup = setup_for(FastAt(), epochs=5)
+    setup = setup_for(FastAt(), epochs=5, init="loaded")
     outcome, events = run(setup, tmp_path)
     (collapse,) = [e for e in events if isinstance(e, Collapsed)]
     assert (collapse.epoch, collapse.best_epoch, outcome.best_epoch, outcome.collapsed) == (3, 2, 2, True)
@@ -212,3 +212,38 @@ def test_fp16_without_a_gpu_is_refused():
         pytest.skip("there is a GPU")
     with pytest.raises(UserError, match="bf16"):
         make_accelerator("fp16")
+
+
+def test_a_fall_in_the_first_epoch_is_a_collapse_and_the_start_is_kept(tmp_path, monkeypatch):
+    from robustify import train as loop
+
+    scores = iter([0.5, 0.2, 0.0])
+    monkeypatch.setattr(loop, "_probe", lambda *_: (0.9, next(scores), "probe"))
+    setup = setup_for(FastAt(), epochs=2, lr=1.0, init="loaded")
+    start = setup.model.net[0].weight.detach().clone()
+    outcome, events = run(setup, tmp_path)
+    (collapse,) = [e for e in events if isinstance(e, Collapsed)]
+    assert (collapse.epoch, outcome.best_epoch, outcome.best) == (1, 0, 0.5)
+    assert torch.equal(setup.model.net[0].weight, start)
+
+
+def test_a_start_whose_weights_were_drawn_anew_is_no_candidate(tmp_path, monkeypatch):
+    from robustify import train as loop
+
+    scores = iter([0.3, 0.2, 0.25])
+    monkeypatch.setattr(loop, "_probe", lambda *_: (0.9, next(scores), "probe"))
+    outcome, _ = run(setup_for(FastAt(), init="reinit"), tmp_path)
+    assert outcome.best_epoch == 2
+
+
+def test_the_cyclic_schedule_is_a_triangle():
+    from robustify.schedules import make_schedule
+
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.2)
+    set_rate = make_schedule(optimizer, "cyclic", 2, 5, 0)
+    rates = []
+    for step in range(10):
+        set_rate(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.04, 0.08, 0.12, 0.16, 0.2, 0.16, 0.12, 0.08, 0.04, 0.0])

@@ -103,6 +103,13 @@ class AttackSpec:
             return self.info.cascade(threat, classes, **self.settings)
         return Cascade("", (Stage(self.name, self.info.run, self.settings),))
 
+    def under(self, threat: ThreatModel) -> ThreatModel:
+        """The threat under which this attack measures: pointwise attacks take the ball of that radius, distributional
+        ones the Wasserstein ball of order 2 when the threat is pointwise."""
+        if self.info.distributional:
+            return threat if threat.distributional else ThreatModel(threat.norm, threat.eps, 2.0)
+        return threat.pointwise()
+
     def check(self, threat: ThreatModel) -> None:
         """Raise UserError when the attack cannot attack under this threat."""
         if threat.norm not in self.info.norms:

@@ -24,7 +24,13 @@ class Verbs(TyperGroup):
         except UserError as error:
             if as_json:
                 console.result_json({"error": error.message, "hint": error.hint})
-            console.mistake(error.message, error.hint)
+            if not error.told:
+                console.mistake(error.message, error.hint)
+            raise typer.Exit(2) from None
+        except (PermissionError, FileNotFoundError, NotADirectoryError, UnicodeDecodeError) as error:
+            named = getattr(error, "filename", None) or "a file"
+            reason = getattr(error, "strerror", None) or error
+            console.mistake(f"{named}: {reason}", "choose a path that can be read or written")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             console.note("interrupted")

@@ -121,9 +121,10 @@ def compare(before: Report, after: Report) -> list[dict[str, Any]]:
 
     difference: (change, low, high) of the paired accuracies where both reports have verdicts, else None.
     """
-    old = {row.key: row for row in before.rows}
+    old, both = {row.key: row for row in before.rows}, (before, after)
     lines = [
-        _line(row.attack, old[row.key], row, before.verdicts.get(row.key), after.verdicts.get(row.key))
+        # images that share one budget are not independent: no paired interval
+        _line(row.attack, old[row.key], row, *(None if row.kind == "distributional" else r.verdicts.get(row.key) for r in both))
         for row in after.rows
         if row.key in old
     ]

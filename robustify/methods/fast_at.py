@@ -37,14 +37,11 @@ class FastAt(Settings):
         return None
 
     def perturb(self, nets: Nets, x: Tensor, y: Tensor, threat: ThreatModel, draws: Draws, tracker: None) -> Tensor:
-        """Spends one forward and one backward pass to the input.
-
-        The start is not clamped to [0,1], only the result, as in the authors' code.
-        """
+        """Spends one forward and one backward pass to the input."""
         return ascend(
             lambda x_adv, _: input_gradient(nets.search, x_adv, lambda logits: ce(logits, y))[0],
             x,
-            x + uniform_in_ball(x, threat.norm, threat.eps, draws),
+            (x + uniform_in_ball(x, threat.norm, threat.eps, draws)).clamp(0, 1),
             norm=threat.norm,
             radius=threat.eps,
             steps=1,

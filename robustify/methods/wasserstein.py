@@ -31,8 +31,8 @@ class Wasserstein(Settings):
     beta: weight of the consistency term. steps, step_ratio: inner ascent, step step_ratio * delta_i / steps.
     budget_loss: whose gradient norms split the budget. inner_loss: what the ascent climbs.
     cap: largest delta_i in units of delta (None: no cap). Gradient norms of redlr are heavy-tailed; the cap keeps single
-    images from taking most of the budget, and leaves part of it unspent (the log's mean_cost says how much). On the digits
-    network it raised W-PGD accuracy by 9 points over no cap (docs/results.md).
+    images from taking most of the budget, and leaves part of it unspent (the log's mean_cost says how much). Chosen on the
+    digits network's held-out images: 52 % of 128 withstood W-PGD after 15 epochs with it, 43 % without.
     upsilon: how Upsilon is kept current (sensitivity.UpsilonTracker); upsilon_images: images per measurement, or length of
     the window (None: the whole training set); upsilon_every, upsilon_rho: steps between measurements, rate of the average.
     """
@@ -66,7 +66,7 @@ class Wasserstein(Settings):
     def perturb(
         self, nets: Nets, x: Tensor, y: Tensor, threat: ThreatModel, draws: Draws, tracker: UpsilonTracker | None
     ) -> Tensor:
-        """Spends one forward and backward pass for the budgets, whose logits serve the ascent too, and `steps` for the ascent."""
+        """Spends one forward and backward pass for the budgets, whose logits serve the ascent too, and `steps` for that."""
         assert tracker is not None
         assert threat.p is not None
         g, clean, _ = input_gradient(nets.exact, x, lambda logits: LOSSES[self.budget_loss](logits, y))

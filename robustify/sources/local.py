@@ -51,9 +51,15 @@ def load(
     return Checkpoint(
         model=PixelModel(net, described["mean"], described["std"]).eval(), arch=config["architecture"], arch_args=args,
         num_classes=num_classes or own, input_size=tuple(described["input_size"]),
-        base_id=base_id or robustness.get("base_model") or folder.resolve().name, license=cfg.get("license"),
+        base_id=base_id or _called(folder), license=cfg.get("license"),
         dataset=robustness.get("dataset"), threat=robustness.get("threat"), pretrained=pretrained and not replaced,
     )
+
+
+def _called(folder: Path) -> str:
+    """The folder's name; of a run's model/ the run's, for that is what a person calls it."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "model" else folder.name
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def test_loads_exactly(digits_folder):
     x = torch.rand(4, 1, 8, 8)
     assert torch.equal(checkpoint.model(x), net((x - 0.5) / 0.25))
     assert (checkpoint.input_size, checkpoint.num_classes, checkpoint.license) == ((1, 8, 8), 10, None)
-    assert (checkpoint.base_id, checkpoint.dataset, checkpoint.threat) == ("someone/net", "digits", "Linf:8/255")
+    assert (checkpoint.base_id, checkpoint.dataset, checkpoint.threat) == (digits_folder.name, "digits", "Linf:8/255")
     again = timm.create_model(checkpoint.arch, num_classes=10, **checkpoint.arch_args)
     again.load_state_dict(checkpoint.model.net.state_dict())
 
