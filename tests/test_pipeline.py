@@ -103,7 +103,7 @@ def test_a_finished_or_foreign_folder_is_never_overwritten(run, tmp_path):
 
 def test_an_unfinished_run_of_another_recipe_is_not_continued(tmp_path):
     def stop(event):
-        if isinstance(event, EpochEnd) and event.epoch == 1:
+        if isinstance(event, StepEnd) and event.step == 20:  # past the first epoch's checkpoint
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -161,6 +161,7 @@ def test_harden_gives_back_the_same_class_and_leaves_the_original(tmp_path):
         batch_size=32,
         lr=0.05,
         probe_images=16,
+        init="reinit",
         verify=False,
         attacks=["clean", "fgsm"],
         out=tmp_path / "run",
@@ -235,7 +236,7 @@ def test_a_model_that_is_not_what_it_claims_is_refused_before_anything_is_spent(
         "data.name": f"npz:{tmp_path}/cifar10.npz",
     }
     with pytest.raises(UserError) as error:
-        finetune(resolve(None, flags).recipe, tmp_path / "out")
+        finetune(resolve(None, flags, ["train.batch_size=8"]).recipe, tmp_path / "out")
     assert "--no-verify" in str(error.value)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
     facts = plan(resolve(None, flags, ["model.verify=false", "train.batch_size=8", "method.steps=1"]).recipe)
