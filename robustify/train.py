@@ -50,6 +50,7 @@ class LoopState:
 
     step: int = 0
     best: float = -1.0
+    trained_best: float = 0.0
     best_epoch: int = 0
     best_clean: float = 0.0
     seconds: float = 0.0
@@ -240,7 +241,7 @@ def train(
     metrics = _Metrics(folder / "metrics.jsonl", state.step if resume else None, world)
     if state.step == 0:
         clean, robust, name = _probe(setup, probe, eval_batch)
-        if s.init == "loaded":  # a start that no epoch beats is kept, and a fall from it is a collapse
+        if s.init == "loaded":  # a start that no epoch beats is kept
             state.best, state.best_clean = (robust if method.adversarial else clean), clean
             _save_best(setup, folder)
         metrics.write(step=0, epoch=0, clean=clean, robust=robust, probe=name)
@@ -285,11 +286,11 @@ def train(
         metrics.write(step=state.step, epoch=epoch + 1, clean=clean, robust=robust, probe=name, best=best, **extra)
         setup.accelerator.log({"clean": clean, "robust": robust, **extra}, step=state.step)
         yield EpochEnd(epoch + 1, s.epochs, clean, robust, name, best, means, extra)
-        # near chance there is nothing to lose, and a constant answer counts as robust
-        had_some = method.adversarial and state.best > 1.5 / data.num_classes
-        state.collapsed = had_some and score < state.best - min(s.collapse_drop, state.best / 2)
+        # against the epochs trained: the first ones from a start that is hardly robust dip before they rise
+        state.collapsed = method.adversarial and score < state.trained_best - s.collapse_drop
+        state.trained_best = max(state.trained_best, score)
         if state.collapsed:
-            yield Collapsed(epoch + 1, robust, state.best, state.best_epoch)
+            yield Collapsed(epoch + 1, robust, state.trained_best, state.best_epoch)
         checkpoints.save(setup.accelerator, world, folder / "checkpoints", state.step)
 
     metrics.close()

@@ -214,17 +214,18 @@ def test_fp16_without_a_gpu_is_refused():
         make_accelerator("fp16")
 
 
-def test_a_fall_in_the_first_epoch_is_a_collapse_and_the_start_is_kept(tmp_path, monkeypatch):
+def test_a_start_that_no_epoch_beats_is_kept_and_said(tmp_path, monkeypatch):
     from robustify import train as loop
 
-    scores = iter([0.5, 0.2, 0.0])
+    scores = iter([0.5, 0.0, 0.3])  # a dip in the first epoch is no collapse yet
     monkeypatch.setattr(loop, "_probe", lambda *_: (0.9, next(scores), "probe"))
     setup = setup_for(FastAt(), epochs=2, lr=1.0, init="loaded")
     start = setup.model.net[0].weight.detach().clone()
     outcome, events = run(setup, tmp_path)
-    (collapse,) = [e for e in events if isinstance(e, Collapsed)]
-    assert (collapse.epoch, outcome.best_epoch, outcome.best) == (1, 0, 0.5)
+    assert not [e for e in events if isinstance(e, Collapsed)]
+    assert (outcome.best_epoch, outcome.best, outcome.steps) == (0, 0.5, 6)
     assert torch.equal(setup.model.net[0].weight, start)
+    assert "no epoch was better" in str(events[-1])
 
 
 def test_a_start_whose_weights_were_drawn_anew_is_no_candidate(tmp_path, monkeypatch):
