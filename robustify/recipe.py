@@ -163,8 +163,11 @@ class Recipe(Settings):
 
     @property
     def digest(self) -> str:
-        """Twelve hexadecimal digits that change with any setting."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+        """Twelve hexadecimal digits that change with any setting that the result depends on."""
+        values = self.to_dict()
+        for section, key in (("model", "verify"), ("train", "tracker"), ("train", "checkpoint_steps"), ("data", "workers")):
+            del values[section][key]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
