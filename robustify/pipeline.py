@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from robustify.data import Data
 from robustify.distributed import World, busy_cores, main_first, make_accelerator
 from robustify.errors import UserError
 from robustify.evaluation import evaluate
-from robustify.events import Exported, Listener, Measured, Note, Planned, Progress
+from robustify.events import Event, Exported, Listener, Measured, Note, Planned, Progress
 from robustify.export import export
 from robustify.inputs import augmentation, gate, load_inputs, prepare_weights
 from robustify.memory import memory_explained
@@ -101,6 +102,7 @@ def harden(
     attacks: Sequence[str] = ("clean", "fgsm", "pgd", "w-pgd"),
     n: int | None = 1000,
     verify: bool = True,
+    augment: str = "auto",
     **train_settings: Any,
 ) -> Result:
     """Harden a network in memory. Returns a Result whose `.model` is of the same class; the one given is left as it is.
@@ -108,15 +110,16 @@ def harden(
     model: maps [0,1] images to logits, or images normalised with `mean` and `std`. train_data (val_data, test_data): a
     Data, a Dataset, or a pair of tensors (images in [0,1] or uint8, labels); what is not given is held out of train_data.
     method: a name, or a mapping of its settings with `name`. threat: `W2-Linf:8/255`, `Linf:8/255`; by default the
-    method's. out: run folder to write (None: none is kept). verify: refuse a model no better than chance, which usually
-    means a wrong normalisation; False for an untrained one. train_settings: as in the recipe's train section: epochs, lr,
+    method's. augment: auto, none, flip, crop-flip or shift. out: run folder to write (None: none is kept). verify: refuse
+    a model no better than chance, which usually means a wrong normalisation; False for an untrained one.
+    train_settings: as in the recipe's train section: epochs, lr,
     batch_size, layers, precision, seed... Raises UserError like `finetune`.
     """
-    listener = listener or (lambda event: None)
+    listener = listener or _warn
     data = train_data if isinstance(train_data, Data) else datasets.from_tensors(train_data, val_data, test_data)
     values: dict[str, Any] = {
         "model": {"source": type(model).__name__, "verify": verify},
-        "data": data.name,
+        "data": {"name": data.name, "augment": augment},
         "method": method,
         "train": {"epochs": 5, **train_settings},
         "eval": {"attacks": list(attacks), "n": n and min(n, len(data.test))},
@@ -144,6 +147,12 @@ def harden(
         return _run(
             recipe, checkpoint, data, accelerator, Path(out), at, "robustify.harden(...)", listener, export_it=True
         )
+
+
+def _warn(event: Event) -> None:
+    """What a caller in Python who listens to nothing must still hear."""
+    if isinstance(event, Note) and event.level == "warning":
+        warnings.warn(event.text, stacklevel=5)
 
 
 def _run(
@@ -186,6 +195,10 @@ def _run(
     model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
 
     after = _measure(recipe, checkpoint, model, data, world, "after", tell)
+    if outcome.best_epoch == 0:
+        after.notes.append(
+            "no epoch of the training beat the start on the held-out images: these are the start's weights"
+        )
     tell(Measured("after", after))
     if world.is_main:
         save_pair(folder / "report.json", before, after)

@@ -105,7 +105,7 @@ class Report:
     data: str
     split: str
     rows: Sequence[Row]
-    verdicts: Verdicts = field(default_factory=dict, compare=False)
+    verdicts: Verdicts = field(default_factory=dict, compare=False, repr=False)
     environment: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))

@@ -268,3 +268,22 @@ def test_data_objects_pass_through():
         tiny_net(), data, method="standard", epochs=1, batch_size=32, probe_images=16, attacks=["clean"], verify=False
     )
     assert result.outcome.steps == 2
+
+
+def test_a_caller_who_listens_to_nothing_is_warned_when_nothing_was_gained():
+    with pytest.warns(UserWarning, match="no epoch was better"):
+        result = harden(
+            tiny_net(),
+            toy_data(96),
+            method="fast-at",
+            threat="Linf:0.3",
+            epochs=1,
+            batch_size=32,
+            lr=1e-9,
+            probe_images=16,
+            attacks=["clean"],
+            verify=False,
+            augment="none",
+        )
+    assert result.outcome.best_epoch == 0
+    assert any("beat the start" in note for note in result.report[1].notes)
