@@ -17,6 +17,7 @@ from rich.progress import BarColumn, TaskID, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from robustify.durations import duration
 from robustify.events import Collapsed, EpochEnd, Event, Exported, Measured, Note, Planned, Progress, StepEnd
 from robustify.report import Report, percent, plain
 
@@ -104,13 +105,6 @@ def flush() -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def duration(seconds: float) -> str:
-    """Return `45 s`, `12 min` or `3.4 h`."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 @cache

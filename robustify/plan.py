@@ -11,6 +11,7 @@ import torch
 from robustify import layers
 from robustify.data import Data
 from robustify.distributed import World, make_accelerator
+from robustify.durations import duration
 from robustify.events import Listener
 from robustify.inputs import augmentation, gate, load_inputs, normalised, prepare_weights
 from robustify.memory import memory_explained
@@ -77,15 +78,5 @@ def _time_one_step(recipe: Recipe, checkpoint: Checkpoint, data: Data, accelerat
     steps = len(data.train) // recipe.train.batch_size * recipe.train.epochs
     return {
         "one step": f"{took:.2f} s for a batch of {batch}, from one of {n}; loss {losses['total']:.4g}",
-        "training time": f"about {_duration(took * steps)}, without evaluation",
+        "training time": f"about {duration(took * steps)}, without evaluation",
     }
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )

@@ -52,7 +52,6 @@ class LoopState:
     best: float = -1.0
     trained_best: float = 0.0
     best_epoch: int = 0
-    best_clean: float = 0.0
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
     collapsed: bool = False
@@ -242,7 +241,7 @@ def train(
     if state.step == 0:
         clean, robust, name = _probe(setup, probe, eval_batch)
         if s.init == "loaded":  # a start that no epoch beats is kept
-            state.best, state.best_clean = (robust if method.adversarial else clean), clean
+            state.best = robust if method.adversarial else clean
             _save_best(setup, folder)
         metrics.write(step=0, epoch=0, clean=clean, robust=robust, probe=name)
         yield EpochEnd(0, s.epochs, clean, robust, name, False)
@@ -278,7 +277,7 @@ def train(
         score = robust if method.adversarial else clean
         best = score > state.best
         if best:
-            state.best, state.best_epoch, state.best_clean = score, epoch + 1, clean
+            state.best, state.best_epoch = score, epoch + 1
             _save_best(setup, folder)
         means = {key: value / per_epoch for key, value in state.sums.items()}
         extra = setup.tracker.summary() if setup.tracker else {}

@@ -25,7 +25,7 @@ KNOWS = {
 }
 # layers from the ground up: a module imports only from its own layer or from those before it
 LAYERS = [
-    {"errors", "rng", "threat", "losses", "pixels", "modes", "gradients", "files", "shelf", "knapsack", "duality"},
+    {"errors", "rng", "threat", "losses", "pixels", "modes", "gradients", "files", "durations", "shelf", "knapsack", "duality"},
     {"attacks", "sensitivity", "flips", "bounds", "smoothing"},
     {
         "methods",
