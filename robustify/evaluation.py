@@ -15,13 +15,15 @@ from robustify.attacks.autoattack import check as authors_check
 from robustify.attacks.cascade import AUTHORS
 from robustify.data import Split
 from robustify.distributed import World
+from robustify.distributional import Search, bought, moved_together, search, search_name
 from robustify.errors import UserError
-from robustify.measure import Clean, Run, Tell, counted, distributional, heard, measure_clean, pointwise
+from robustify.measure import Clean, Passes, Run, Tell, counted, measure_clean
 from robustify.modes import Shadow
 from robustify.pieces import Pieces
 from robustify.pixels import PixelModel
+from robustify.pointwise import heard, pointwise
 from robustify.report import Report, environment
-from robustify.threat import ThreatModel
+from robustify.threat import Norm, ThreatModel
 
 __all__ = ["counted", "evaluate", "sample"]
 
@@ -117,17 +119,28 @@ def evaluate(
     distances: dict[str, np.ndarray] = {}
     if any(stage.run in AUTHORS for _, spec, threat in plan for stage in spec.cascade(threat, clean.classes).stages):
         notes += sanity.of_warnings(run.gather_texts(_authors_warnings(run) if world.is_main else []), "pyautoattack")
+    searches: dict[str, Search] = {}
+    nearest: dict[Norm, np.ndarray] = {}  # by which any attack so far flipped each image
     for name, spec, threat in plan:
-        if spec.info.distributional:
-            row, held = distributional(run, name, spec, threat, clean.right)
+        if spec.name == "knapsack":
+            key = search_name(spec, threat.norm)
+            if key not in searches:
+                searches[key] = search(run, spec, threat.norm, clean.right, clean.classes)
+            flipped = nearest.get(threat.norm, searches[key].distances)
+            row, distances[f"{name} {threat.spec}"] = bought(name, spec, threat, searches[key], flipped)
+            searches[key] = Search(searches[key].distances, Passes(), 0.0)  # it is paid for
+        elif spec.info.distributional:
+            row, verdicts[f"{name} {threat.spec}"], size = moved_together(run, name, spec, threat, clean.right)
+            nearest[threat.norm] = np.minimum(nearest.get(threat.norm, size), size)
         else:
-            row, held, distances[f"{name} {threat.spec}"] = pointwise(run, name, spec, threat, clean)
+            row, verdicts[f"{name} {threat.spec}"], size = pointwise(run, name, spec, threat, clean)
+            distances[row.key] = size
+            nearest[threat.norm] = np.minimum(nearest.get(threat.norm, size), size)
             notes += sanity.of_warnings(run.gather_texts(run.warned), row.key)
             run.warned.clear()
             label = row.settings.get("version", "standard")
             notes += [f"{row.key}: {label}."] if label != "standard" else []
         rows.append(row)
-        verdicts[row.key] = held
     sanity.unchanged(before, sanity.fingerprint(model))
     if fast_search:
         notes.append("Pointwise attacks searched in bfloat16; every verdict is in full precision.")
@@ -147,7 +160,10 @@ def evaluate(
 
 
 def _plan(attacks: Sequence[str], threats: Sequence[ThreatModel]) -> list[tuple[str, AttackSpec, ThreatModel]]:
-    """(the row's name, attack, threat) of every row; an attack's second settings are part of its name."""
+    """(the row's name, attack, threat) of every row; an attack's second settings are part of its name.
+
+    Knapsacks come last: they buy what the others flipped, too.
+    """
     specs = {str(spec): spec for spec in (AttackSpec.parse(name) for name in attacks if name != "clean")}
     wanted = dict.fromkeys((text, spec.under(threat)) for text, spec in specs.items() for threat in threats)
     taken: set[tuple[str, ThreatModel]] = set()
@@ -157,7 +173,7 @@ def _plan(attacks: Sequence[str], threats: Sequence[ThreatModel]) -> list[tuple[
         name = text if (specs[text].name, threat) in taken else specs[text].name
         taken.add((name, threat))
         plan.append((name, specs[text], threat))
-    return plan
+    return sorted(plan, key=lambda row: row[1].name == "knapsack")
 
 
 def model_digest(model: nn.Module) -> str:

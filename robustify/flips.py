@@ -126,6 +126,11 @@ def flip_batch(
         return search.confirmed()
 
 
+def passes(classes: int, *, steps: int = 40, targets: int = 5, restarts: int = 3) -> int:
+    """Return how many forward passes `flip_batch` and `recheck` make over a batch of images that all are correct."""
+    return (min(targets, classes - 1) + restarts) * (steps + 1) + (HALVINGS + 1) + 3
+
+
 def recheck(model: nn.Module, x: Tensor, y: Tensor, flips: Flips, batch_size: int = 256) -> Tensor:
     """Return bool [N]: does each entry hold? Its image lies in [0,1], at its distance, and is misclassified.
 

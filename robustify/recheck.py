@@ -9,13 +9,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from robustify import flips
+from robustify.attacks import AttackSpec
 from robustify.data import Split
 from robustify.distributed import World
+from robustify.distributional import search_name
 from robustify.evaluation import model_digest, sample
 from robustify.measure import Run, Tell, check_budget, measure_clean, withstands
 from robustify.pieces import facts_of, pieces_of
-from robustify.report import Report
-from robustify.threat import ThreatModel
+from robustify.report import Report, Row
+from robustify.threat import NORMS, ThreatModel
 
 
 def recheck(
@@ -23,8 +26,9 @@ def recheck(
 ) -> dict[str, int]:
     """Return for each pointwise row's key how many verdicts differ from the report's: 0 everywhere when all is sound.
 
-    folder: what `pieces.finish` kept. Every stored image is checked against its budget and classified again, in full
-    precision and in the same batches. Raises UserError when there are no images, or the model or data are others.
+    Of a knapsack's row it is how many flips of its search do not hold. folder: what `pieces.finish` kept. Every stored
+    image is checked against its budget or distance and classified again, in full precision and in the same batches.
+    Raises UserError when there are no images, or the model or data are others.
     """
     facts = facts_of(folder)
     chosen = sample(len(split), facts["n"], facts["seed"])
@@ -32,13 +36,31 @@ def recheck(
     run = Run(model, split, chosen, facts["batch_size"], facts["seed"], World(), tell, model, workers)
     clean = measure_clean(run)
     held: dict[str, np.ndarray] = {}
+    changed: dict[str, int] = {}
     for piece in pieces_of(folder, {"model": model_digest(model), "data": clean.data}):
-        if "row" not in piece:  # a distributional attack's
+        if "search" in piece:
+            broken = _broken(run, piece)
+            for row in report.rows:
+                if row.threat and row.attack.startswith("knapsack") and _search_of(row) == str(piece["search"]):
+                    changed[row.key] = changed.get(row.key, 0) + broken
+        if "row" not in piece:  # it moved the whole set at once
             continue
         key = str(piece["row"])
         right = held.setdefault(key, clean.right.copy())
         right[piece["rows"]] &= _again(run, piece)
-    return {key: int((right != report.verdicts[key]).sum()) for key, right in held.items()}
+    return {key: int((right != report.verdicts[key]).sum()) for key, right in held.items()} | changed
+
+
+def _search_of(row: Row) -> str:
+    return search_name(AttackSpec("knapsack", row.settings), ThreatModel.parse(str(row.threat)).norm)
+
+
+def _broken(run: Run, piece: Mapping[str, np.ndarray]) -> int:
+    """How many flips of a batch are not where they were found, or none."""
+    ((x, y),) = run.read([piece["rows"]])
+    norm = next(norm for norm in NORMS if str(piece["search"]).endswith(f" {norm}"))
+    distances, images = (torch.from_numpy(piece[what]).to(x.device) for what in ("distance", "x_adv"))
+    return int((~flips.recheck(run.model, x, y, flips.Flips(distances, images, norm), len(x))).sum())
 
 
 def _again(run: Run, piece: Mapping[str, np.ndarray]) -> np.ndarray:

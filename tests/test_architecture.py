@@ -57,7 +57,7 @@ LAYERS = [
         "compare",
         "plots",
     },
-    {"train", "evaluation", "measure", "recheck"},
+    {"train", "evaluation", "measure", "pointwise", "distributional", "recheck"},
     {"inputs", "runs", "memory", "plan"},
     {"pipeline"},
     {"api", "console"},

@@ -10,16 +10,18 @@ import torch
 from helpers import tiny_net, toy_data
 from torch import nn
 
-from robustify import measure, pieces
+from robustify import distributional, pieces, pointwise
 from robustify.attacks import AttackSpec, pgd
 from robustify.data import from_tensors
 from robustify.errors import UserError
 from robustify.evaluation import counted, evaluate
+from robustify.knapsack import worst_accuracy
 from robustify.recheck import recheck
 from robustify.report import Report, load_pair, save_pair
 from robustify.threat import ThreatModel
 
 ATTACKS = ["fgsm", "pgd:steps=3,restarts=2", "autoattack:steps=2,queries=4,targets=2", "w-pgd:steps=3"]
+ATTACKS += ["knapsack:steps=4,targets=2,restarts=1"]
 THREAT = ThreatModel.parse("Linf:2/255")
 BATCH = 16
 
@@ -59,8 +61,9 @@ def test_an_image_counts_only_when_it_is_right_clean_and_perturbed(model, split)
     report = measured(model, split)
     clean = report.verdicts["clean"]
     assert 0 < report.rows[0].correct < len(clean)
-    for row in report.rows[1:]:
+    for row in report.rows[1:-1]:
         assert not (report.verdicts[row.key] & ~clean).any()
+    assert report.rows[-1].key not in report.verdicts  # a knapsack mixes: it has no verdict per image
     assert 0 < report.rows[2].correct < report.rows[0].correct
     assert {row.kind for row in report.rows} == {"clean", "pointwise", "distributional"}
 
@@ -82,7 +85,7 @@ def test_distances_are_the_sizes_of_what_fooled(model, split):
     report = measured(model, split)
     for row in report.rows:
         if row.kind != "pointwise":
-            assert row.key not in report.distances
+            assert (row.key in report.distances) == (row.attack == "knapsack")
             continue
         size, held = report.distances[row.key], report.verdicts[row.key]
         assert (np.isinf(size) == held).all()
@@ -90,20 +93,23 @@ def test_distances_are_the_sizes_of_what_fooled(model, split):
         assert (size[~held] <= THREAT.eps * 1.0001).all()
 
 
+def killed_every_other_time(attack, calls):
+    def killed(*arguments):
+        calls.append("killed" if len(calls) % 2 else "attacked")
+        if calls[-1] == "killed":
+            raise KeyboardInterrupt
+        return attack(*arguments)
+
+    return killed
+
+
 def test_the_batches_may_be_attacked_in_any_number_of_runs(model, split, tmp_path, monkeypatch):
     """Killed after each batch anew, it ends with the same report as when nothing happened."""
     whole = measured(model, split, check=True, resume_folder=tmp_path / "whole")
     assert same(whole, measured(model, split, check=True))
-    attack, calls = measure._attack, []
-
-    def killed(*arguments):
-        if len(calls) % 2:
-            calls.append("killed")
-            raise KeyboardInterrupt
-        calls.append("attacked")
-        return attack(*arguments)
-
-    monkeypatch.setattr(measure, "_attack", killed)
+    calls = []
+    for module, name in ((pointwise, "_attack"), (distributional, "_search_batch")):
+        monkeypatch.setattr(module, name, killed_every_other_time(getattr(module, name), calls))
     folder = tmp_path / "report.json.partial"
     for _ in range(100):
         try:
@@ -144,13 +150,37 @@ def test_resuming_with_anything_else_is_refused(model, split, tmp_path):
     assert (strange / "thesis.tex").exists()
 
 
+def test_one_search_serves_every_radius_and_leaves_no_more_than_w_pgd(model, split):
+    threats = [ThreatModel.parse(f"W2-Linf:{k}/255") for k in (1, 2, 4)]
+    attacks = ["knapsack:steps=4,targets=1,restarts=1", "w-pgd:steps=30"]
+    told = []
+    report = evaluate(
+        model, split, attacks, threats, batch_size=BATCH, tell=lambda stage, *done: told.append((stage, *done))
+    )
+    rows = {row.key: row for row in report.rows}
+    bought = [row for row in report.rows if row.attack == "knapsack"]
+    assert report.rows[-3:] == tuple(bought)  # it comes last, to buy what w-pgd flipped as well
+    assert 5 < bought[0].passes["backward"] <= 11
+    assert all(row.passes == {"forward": 0, "backward": 0} for row in bought[1:])
+    for row, threat in zip(bought, threats, strict=True):
+        d = report.distances[row.key]
+        assert row.correct == len(d) * worst_accuracy(d, threat.eps, 2)
+        assert 0 <= row.accuracy <= rows[f"w-pgd {threat.spec}"].accuracy + 1e-4
+        assert report.headline(threat.spec).accuracy == row.accuracy
+        alone = evaluate(model, split, attacks[:1], threat, batch_size=BATCH)
+        assert row.accuracy <= alone.rows[1].accuracy
+    steps = [(done, total) for stage, done, total in told if stage == "knapsack Linf"]
+    assert steps == sorted(steps)
+    assert steps[-1][1] * 0.8 <= steps[-1][0] <= steps[-1][1]
+
+
 def test_stored_images_give_the_verdicts_again(model, split, tmp_path):
     folder, kept = tmp_path / "partial", tmp_path / "report.adversarials"
     report = measured(model, split, n=50, resume_folder=folder, keep_adversarials=True)
     pieces.finish(folder, kept)
     assert not folder.exists()
     found = recheck(model, split, report, kept)
-    assert set(found) == {row.key for row in report.rows if row.kind == "pointwise"}
+    assert set(found) == {row.key for row in report.rows if row.kind == "pointwise" or row.attack == "knapsack"}
     assert set(found.values()) == {0}
     key = report.rows[2].key
     wrong = {**report.verdicts, key: ~report.verdicts[key]}
@@ -182,6 +212,13 @@ def test_stored_images_must_keep_their_budget(model, split, tmp_path):
     np.savez_compressed(path, **piece)
     with pytest.raises(AssertionError, match="budget"):
         recheck(model, split, report, tmp_path)
+    path.unlink()
+    path = next(path for path in tmp_path.glob("flips*.npz"))
+    with np.load(path) as arrays:
+        piece = dict(arrays)
+    np.savez_compressed(path, **{**piece, "distance": piece["distance"] / 2})
+    moved = np.isfinite(piece["distance"]) & (piece["distance"] > 0)
+    assert recheck(model, split, report, tmp_path)[report.rows[-1].key] == moved.sum() > 0
 
 
 def test_what_is_per_example_survives_the_disk(model, split, tmp_path):

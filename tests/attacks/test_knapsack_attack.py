@@ -1,10 +1,8 @@
-"""The knapsack attack spends no more than its budget, on the cheapest flips, on any number of processes."""
+"""The knapsack attack spends no more than its budget, on the cheapest flips."""
 
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 
 import pytest
 import torch
@@ -36,27 +34,3 @@ def test_whole_flips_are_bought_cheapest_first(threat):
     left = 1 - bought.double().mean()
     assert 0 <= left - worst_accuracy(d.numpy(), t.eps, t.p) < 1 / len(x)
     assert left <= (net(w_pgd(net, x, y, threat=t, steps=20)).argmax(1) == y).double().mean()
-
-
-def test_several_processes_move_what_one_moves():
-    """Each knows its own images, and the sums over all; two threads stand in for two processes."""
-    net, (x, y) = tiny_net().eval(), toy_data(48)
-    y = net(x).argmax(1).detach()
-    settings = {"threat": ThreatModel("L2", 0.1, 2.0), "steps": 10, "targets": 1, "restarts": 2, "batch_size": 8}
-    nets = [tiny_net().eval(), tiny_net().eval()]
-    barrier, given = Barrier(2), [torch.zeros(1), torch.zeros(1)]
-
-    def run(rank: int) -> torch.Tensor:
-        def reduce(value: torch.Tensor) -> torch.Tensor:
-            given[rank] = value
-            barrier.wait(60)
-            total = given[0] + given[1]
-            barrier.wait(60)
-            return total
-
-        rows = slice(24 * rank, 24 * rank + 24)
-        return knapsack(nets[rank], x[rows], y[rows], reduce=reduce, **settings)
-
-    with ThreadPoolExecutor(2) as pool:
-        parts = list(pool.map(run, range(2)))
-    assert torch.equal(torch.cat(parts), knapsack(net, x, y, **settings))

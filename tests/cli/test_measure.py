@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from robustify import measure
+from robustify import pointwise
 from robustify.report import Report, load_pair
 
 
@@ -108,8 +108,8 @@ def test_an_interrupted_evaluation_goes_on(robustify, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    real = measure._attack
-    monkeypatch.setattr(measure, "_attack", attack)
+    real = pointwise._attack
+    monkeypatch.setattr(pointwise, "_attack", attack)
     ran = robustify("evaluate", "digits", *FEW, "--batch-size", "16", "-o", "report.json")
     assert ran.code == 130
     assert ran.err.splitlines()[-1].endswith("--batch-size 16 -o report.json --resume")
