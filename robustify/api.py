@@ -80,6 +80,7 @@ def evaluate(
     fast_search: bool = False,
     resume_folder: str | Path | None = None,
     keep_adversarials: bool = False,
+    finished: Report | None = None,
     world: World | None = None,
     listener: Listener | None = None,
 ) -> Report:
@@ -92,8 +93,8 @@ def evaluate(
     threat: one or several, `Linf:8/255`, `W2-Linf:8/255`. n: images, drawn by the seed; None for all.
     split: test, val or train, of a Data or a name; of a name, the seed also says which images are held out for val.
     check: look for signs of gradient masking and of broken models, on 64 images; what is found is in `report.notes`.
-    fast_search, resume_folder, keep_adversarials: as in robustify.evaluation; the command line's --fast-search,
-    --resume and --keep-adversarials.
+    fast_search, resume_folder, keep_adversarials, finished: as in robustify.evaluation; the command line's
+    --fast-search, --resume and --keep-adversarials.
     Raises UserError for what the user can mend.
     """
     pixel_model, checkpoint = _pixel_model(model, mean, std)
@@ -124,6 +125,7 @@ def evaluate(
         fast_search=fast_search,
         resume_folder=Path(resume_folder) if resume_folder else None,
         keep_adversarials=keep_adversarials,
+        finished=finished,
         model_id=model_id or (checkpoint.base_id if checkpoint else type(pixel_model.net).__name__),
     )
 

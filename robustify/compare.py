@@ -116,6 +116,8 @@ def _pair(before: Report, after: Report) -> Comparison:
         _same(what, getattr(before, what), getattr(after, what))
     n = _size(before)
     _same("number of images", n, _size(after))
+    if before.data_digest and after.data_digest:
+        _same("digest of the pixels and labels", before.data_digest, after.data_digest)
     theirs = {row.key: row for row in after.rows}
     shared = [(row, theirs[row.key]) for row in before.rows if row.key in theirs]
     if not shared:

@@ -19,7 +19,7 @@ from robustify.distributional import Search, bought, moved_together, search, sea
 from robustify.errors import UserError
 from robustify.measure import Clean, Passes, Run, Tell, counted, measure_clean
 from robustify.modes import Shadow
-from robustify.pieces import Pieces
+from robustify.pieces import Pieces, same_facts
 from robustify.pixels import PixelModel
 from robustify.pointwise import heard, pointwise
 from robustify.report import Report, environment
@@ -59,6 +59,7 @@ def evaluate(
     fast_search: bool = False,
     resume_folder: Path | None = None,
     keep_adversarials: bool = False,
+    finished: Report | None = None,
 ) -> Report:
     """Measure clean accuracy and each attack under each threat, on the same images. Returns a Report with verdicts.
 
@@ -73,10 +74,10 @@ def evaluate(
     sound, and faster where the device has bfloat16, but not verdict for verdict what the full search finds; the report
     says so. resume_folder: finished batches are stored there, and those found there are not attacked again;
     `pieces.finish` ends it once the report is saved. keep_adversarials: the batches hold the adversarial images, for
-    `recheck`.
+    `recheck`. finished: a report that is returned as it is, if it is of this very evaluation.
 
-    Raises UserError for bad attacks, n, or images, when the model changes under evaluation, and when resume_folder was
-    begun with another model, data or settings.
+    Raises UserError for bad attacks, n, or images, when the model changes under evaluation, and when resume_folder or
+    `finished` was begun with another model, data or settings.
     """
     world = world or World()
     several = [threats] if isinstance(threats, ThreatModel) else list(threats)
@@ -97,6 +98,19 @@ def evaluate(
     )
     before = sanity.fingerprint(model)
     clean = measure_clean(run)
+    facts = {
+        "model": model_digest(model),
+        "data": clean.data,
+        "n": len(run.chosen),
+        "seed": seed,
+        "batch_size": batch_size,
+        "attacks": [f"{spec} {threat.spec}" for _, spec, threat in plan],
+        "fast_search": fast_search,
+        "keep_adversarials": keep_adversarials,
+    }
+    if finished is not None:
+        same_facts(finished.facts, facts, "the report", "--force replaces the report, -o names another")
+        return finished
     notes = _model_notes(run, clean)
     checks: dict[str, float | int] = {}
     if check:
@@ -104,16 +118,6 @@ def evaluate(
         checks, more = json.loads(found)
         notes += more
     if resume_folder is not None:
-        facts = {
-            "model": model_digest(model),
-            "data": clean.data,
-            "n": len(run.chosen),
-            "seed": seed,
-            "batch_size": batch_size,
-            "attacks": [f"{spec} {threat.spec}" for _, spec, threat in plan],
-            "fast_search": fast_search,
-            "keep_adversarials": keep_adversarials,
-        }
         run.pieces = Pieces(Path(resume_folder), facts, world)
     rows, verdicts = [clean.row], {clean.row.key: clean.right}
     distances: dict[str, np.ndarray] = {}
@@ -156,6 +160,7 @@ def evaluate(
         notes=list(dict.fromkeys(notes)),
         distances=distances,
         checks=checks,
+        facts=facts,
     )
 
 

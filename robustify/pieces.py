@@ -87,13 +87,17 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _same_facts(folder: Path, facts: Facts) -> None:
-    known = facts_of(folder)
+def same_facts(known: Facts, facts: Facts, place: str, hint: str) -> None:
+    """Raise UserError when an evaluation, known by where it is, was begun with other facts."""
     other = [name for name, value in facts.items() if known.get(name) != value]
     if other:
         shown = "; ".join(f"{name}: {known.get(name)} there, {facts[name]} here" for name in other)
-        hint = "go on with what it was begun with, or remove the folder to begin anew"
-        raise UserError(f"the evaluation in {folder} was begun with another {' and '.join(other)} ({shown})", hint)
+        raise UserError(f"the evaluation in {place} was begun with another {' and '.join(other)} ({shown})", hint)
+
+
+def _same_facts(folder: Path, facts: Facts) -> None:
+    hint = "go on with what it was begun with, or remove the folder to begin anew"
+    same_facts(facts_of(folder), facts, str(folder), hint)
 
 
 def _read(path: Path) -> Arrays:

@@ -18,7 +18,7 @@ from robustify.evaluation import model_digest, sample
 from robustify.measure import Run, Tell, check_budget, measure_clean, withstands
 from robustify.pieces import facts_of, pieces_of
 from robustify.report import Report, Row
-from robustify.threat import NORMS, ThreatModel
+from robustify.threat import NORMS, Norm, ThreatModel
 
 
 def recheck(
@@ -58,7 +58,7 @@ def _search_of(row: Row) -> str:
 def _broken(run: Run, piece: Mapping[str, np.ndarray]) -> int:
     """How many flips of a batch are not where they were found, or none."""
     ((x, y),) = run.read([piece["rows"]])
-    norm = next(norm for norm in NORMS if str(piece["search"]).endswith(f" {norm}"))
+    norm: Norm = next(norm for norm in NORMS if str(piece["search"]).endswith(f" {norm}"))
     distances, images = (torch.from_numpy(piece[what]).to(x.device) for what in ("distance", "x_adv"))
     return int((~flips.recheck(run.model, x, y, flips.Flips(distances, images, norm), len(x))).sum())
 

@@ -98,6 +98,7 @@ class Report:
     distances: float32 [n] per row key: the size of the perturbation that fooled, 0 where the clean image is wrong,
                infinite where none was found. An upper bound of the flip distance; beside the verdicts in the .npz.
     checks:    what the checks of the model measured, robustify.sanity; what they found wrong is among the notes.
+    facts:     what another evaluation must share to be this one: digests of the weights and of the images, settings.
     headlines: filled when read back, so that the figures stand without the .npz.
     """
 
@@ -113,6 +114,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     distances: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False)
     checks: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     headlines: tuple[Headline, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -126,6 +128,11 @@ class Report:
         for key, verdict in self.verdicts.items():
             if key not in rows or verdict.shape != (rows[key].n,) or int(verdict.sum()) != rows[key].correct:
                 raise ValueError(f"the verdicts of {key!r} do not belong to its row")
+
+    @property
+    def data_digest(self) -> str | None:
+        """A digest of the images and labels that were evaluated, in their order."""
+        return self.facts.get("data")
 
     @property
     def clean(self) -> Row | None:

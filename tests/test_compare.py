@@ -87,10 +87,12 @@ def test_reports_are_compared_row_by_row():
     assert len(compare([before, after, report("other", 1, scale=0.5)])) == 2
 
 
-@pytest.mark.parametrize("other", [{"data": "cifar10"}, {"split": "val"}, {"seed": 1}, {"n": 50}])
+@pytest.mark.parametrize(
+    "other", [{"data": "cifar10"}, {"split": "val"}, {"seed": 1}, {"n": 50}, {"facts": {"data": "another digest"}}]
+)
 def test_other_images_are_refused(other):
     with pytest.raises(UserError, match="different images"):
-        compare([report("a", 1), report("b", 1, **other)])
+        compare([report("a", 1, facts={"data": "a digest"}), report("b", 1, **other)])
 
 
 def test_nothing_to_compare_is_refused():

@@ -229,6 +229,14 @@ def test_what_is_per_example_survives_the_disk(model, split, tmp_path):
     assert all(same(report, part) for part in load_pair(tmp_path / "pair.json"))
 
 
+def test_a_report_knows_its_images(model, split):
+    one, again = (evaluate(model, split, [], THREAT, n=50, seed=seed) for seed in (0, 0))
+    assert one.data_digest == again.data_digest
+    other = from_tensors(*[(split.images, split.labels.roll(1))] * 3).test
+    changed = [evaluate(model, split, [], THREAT, n=50, seed=1), evaluate(model, other, [], THREAT, n=50)]
+    assert one.data_digest not in {report.data_digest for report in changed}
+
+
 def test_the_same_attack_with_other_settings_has_a_row_of_its_own(model, split):
     report = evaluate(model, split, ["pgd:steps=1", "pgd:steps=3", "pgd:steps=3"], THREAT, batch_size=BATCH)
     assert [row.attack for row in report.rows] == ["clean", "pgd", str(AttackSpec.parse("pgd:steps=3"))]

@@ -36,6 +36,7 @@ def run(
         Path | None, Option("-o", "--output", metavar="FILE", help="Write the report there, FILE.partial meanwhile.")
     ] = None,
     resume: Annotated[bool, Option("--resume", help="Go on with what an interrupted evaluation left.")] = False,
+    force: options.Force = False,
     keep: Annotated[
         bool, Option("--keep-adversarials", help="Keep the adversarial images beside the report, for --recheck.")
     ] = False,
@@ -68,6 +69,7 @@ def run(
     with console.status("loading torch"):
         from robustify import api, pieces
         from robustify.distributed import World, launched, make_accelerator, relaunch
+        from robustify.report import Report
         from robustify.threat import ThreatModel
     against = [ThreatModel.parse(threat) for threat in threats or ()]
     arguments = options.typed(context)
@@ -75,7 +77,8 @@ def run(
         raise typer.Exit(relaunch(processes, options.without(arguments, "--processes")))
     accelerator = make_accelerator()
     world = World(accelerator)
-    partial = world.on_main(lambda: _partial(output, resume, keep))
+    partial = world.on_main(lambda: _partial(output, resume, force, keep))
+    ended = output is not None and output.exists() and not force and not (partial and partial.exists())
     recipe = recipe_of(source)
     try:
         with console.Watch() as watch:
@@ -95,6 +98,7 @@ def run(
                 fast_search=fast_search,
                 resume_folder=partial,
                 keep_adversarials=keep,
+                finished=Report.load(output) if ended and output else None,
                 world=world,
                 listener=watch,
             )
@@ -106,7 +110,9 @@ def run(
         raise typer.Exit(130) from None
     for note in report.notes:
         console.note(note)
-    if output and partial and world.is_main:
+    if ended:
+        console.note(f"report: {output} was finished before")
+    elif output and partial and world.is_main:
         report.save(output)
         pieces.finish(partial, kept(output) if keep else None)
         if not keep and kept(output).is_dir():
@@ -166,7 +172,7 @@ def recipe_of(source: str) -> Recipe | None:
     return None
 
 
-def _partial(output: Path | None, resume: bool, keep: bool) -> Path | None:
+def _partial(output: Path | None, resume: bool, force: bool, keep: bool) -> Path | None:
     """Return the folder of the finished batches, checked; None without a report to write. Raises UserError."""
     if output is None:
         flag = "--resume" if resume else "--keep-adversarials" if keep else None
@@ -175,6 +181,8 @@ def _partial(output: Path | None, resume: bool, keep: bool) -> Path | None:
         return None
     if output.is_dir():
         raise UserError(f"the report {output} is a folder", f"name a file: -o {output / 'report.json'}")
+    if output.exists() and not (resume or force):
+        raise UserError(f"there is a report {output}", "--force replaces it, -o names another")
     folder = output.with_name(f"{output.name}.partial")
     if folder.exists() and not resume:
         raise UserError(f"{folder} holds an unfinished evaluation", "--resume continues it, or remove it")

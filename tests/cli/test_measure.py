@@ -125,7 +125,28 @@ def test_an_interrupted_evaluation_goes_on(robustify, tmp_path, monkeypatch):
     first, second = Report.load(tmp_path / "whole.json"), Report.load(tmp_path / "report.json")
     assert first.digest() == second.digest()
     assert 0 < len(calls) - done < 6
+    done = len(calls)
+    again = robustify("evaluate", "digits", *FEW, "--batch-size", "16", "-o", "report.json", "--resume")
+    assert again.code == 0
+    assert again.out.splitlines()[0].startswith("attack")
+    assert "report.json was finished before" in again.err
+    assert len(calls) == done
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.npz", "whole.json", "whole.npz"]
+
+
+def test_a_report_is_never_overwritten_unasked(robustify, tmp_path):
+    assert robustify("evaluate", "digits", *FEW, "-o", "report.json").code == 0
+    written = (tmp_path / "report.json").read_bytes()
+    ran = robustify("evaluate", "digits", *FEW, "--seed", "1", "-o", "report.json")
+    assert (ran.code, ran.out) == (2, "")
+    assert "--force replaces it" in ran.err
+    ran = robustify("evaluate", "digits", *FEW, "--seed", "1", "-o", "report.json", "--resume")
+    assert (ran.code, ran.out) == (2, "")
+    assert "begun with another" in ran.err
+    assert "seed: 0 there, 1 here" in ran.err
+    assert (tmp_path / "report.json").read_bytes() == written
+    assert robustify("evaluate", "digits", *FEW, "--seed", "1", "-o", "report.json", "--force").code == 0
+    assert Report.load(tmp_path / "report.json").seed == 1
 
 
 def test_kept_images_reproduce_the_verdicts(robustify, tmp_path):
@@ -143,7 +164,7 @@ def test_kept_images_reproduce_the_verdicts(robustify, tmp_path):
     assert ran.code == 1
     assert changed["fgsm Linf:0.03"] > 0
     assert changed["pgd Linf:0.03"] == 0
-    assert robustify("evaluate", "digits", "--attack", "clean", "-o", "report.json").code == 0
+    assert robustify("evaluate", "digits", "--attack", "clean", "-o", "report.json", "--force").code == 0
     assert not (tmp_path / "report.adversarials").exists()  # they were another report's
     (tmp_path / "report.npz").unlink()
     ran = robustify("evaluate", "digits", "--recheck", "report.json")
