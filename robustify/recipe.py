@@ -15,7 +15,7 @@ from robustify import shelf
 from robustify.attacks import AttackSpec
 from robustify.errors import UserError, nearest
 from robustify.methods import METHODS, AnyMethod
-from robustify.methods.base import Settings
+from robustify.methods.base import Settings, replays
 from robustify.threat import ThreatModel
 
 Origins = dict[str, str]
@@ -144,6 +144,29 @@ class Recipe(Settings):
         if threat.norm not in self.method.norms:
             raise ValueError(
                 f"method {name} does not train in the norm {threat.norm}; it knows {', '.join(self.method.norms)}"
+                + (
+                    ""
+                    if self.method.distributional
+                    else f". In {threat.norm} there is "
+                    + ", ".join(other for other, kind in METHODS.items() if kind.adversarial and threat.norm in kind.norms)
+                )
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _method_fits_training(self) -> Recipe:
+        name, t = self.method.name, self.train
+        if getattr(self.method, "second_derivatives", False) and t.precision != "no":
+            other = "gradient: hessian-free" if name == "gaat" else "noise: n-fgsm in place of grad_align"
+            raise ValueError(
+                f"method {name} differentiates gradients again, which {t.precision} rounds away: take precision no, or {other}"
+            )
+        if getattr(self.method, "noise", None) == "uniform-radius" and self.threat.norm != "L2":
+            raise ValueError("noise uniform-radius is a reading of the L2 ball; in Linf take noise: uniform")
+        if replays(self.method) > 1 and t.accumulate > 1:
+            raise ValueError(
+                f"method {name} replays whole batches, accumulate {t.accumulate} splits them: take accumulate 1 and "
+                f"batch_size {t.batch_size // t.accumulate}"
             )
         return self
 

@@ -30,7 +30,8 @@ from robustify.errors import UserError
 from robustify.evaluation import evaluate, sample
 from robustify.events import Collapsed, EpochEnd, Event, Listener, Note, Progress, StepEnd
 from robustify.gradients import gradient_norms
-from robustify.methods import AnyMethod
+from robustify.methods import Gaat
+from robustify.methods.base import Method, OwnStep, Passes, Penalised, State, replays
 from robustify.modes import Nets, Shadow, borrowed
 from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
@@ -72,11 +73,11 @@ class Setup:
     optimizer: Any
     accelerator: Accelerator
     world: World
-    method: AnyMethod
+    method: Method | OwnStep
     threat: ThreatModel
     settings: TrainSettings
     augmentation: str
-    tracker: UpsilonTracker | None
+    tracker: State | None
     shadow: Shadow | None
     ema: Any | None
 
@@ -106,7 +107,7 @@ class _Forward(nn.Module):
 
 def prepare(
     model: PixelModel,
-    method: AnyMethod,
+    method: Method | OwnStep,
     threat: ThreatModel,
     settings: TrainSettings,
     accelerator: Accelerator,
@@ -125,6 +126,12 @@ def prepare(
         raise UserError(
             f"batch_size {settings.batch_size} is not divisible by {settings.accumulate} passes x {world.size} processes",
             f"take --set train.batch_size={max(1, settings.batch_size // parts) * parts}",
+        )
+    third_derivatives = isinstance(method, Gaat) and method.second_derivatives and method.order == 2
+    if third_derivatives and settings.batchnorm == "train" and _normalised_by_batch(model):
+        raise UserError(
+            "gaat with gradient exact and order 2 needs third derivatives, which torch's batch norm has not while it trains",
+            "take --set method.gradient=hessian-free, --set method.order=1 or --set train.batchnorm=frozen",
         )
     model.to(accelerator.device)
     reduced = settings.precision != "no"
@@ -166,9 +173,12 @@ def set_train_mode(setup: Setup) -> None:
     """Training mode, but for BatchNorm whose statistics are to stay: with only the last layer training they must."""
     setup.model.train()
     if setup.settings.batchnorm == "frozen" or setup.settings.layers == "last":
-        for module in setup.model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        for module in _normalised_by_batch(setup.model):
+            module.eval()
+
+
+def _normalised_by_batch(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 def take_step(setup: Setup, micro_batches: Iterator[tuple[Tensor, Tensor]], step: int) -> tuple[dict[str, float], int]:
@@ -178,22 +188,30 @@ def take_step(setup: Setup, micro_batches: Iterator[tuple[Tensor, Tensor]], step
     """
     s, world, method = setup.settings, setup.world, setup.method
     torch.manual_seed(mix(s.seed, _STEP, step, world.rank))  # dropout and its like
-    search = setup.shadow.model if setup.shadow else setup.model
+    nets = Nets(setup.model, setup.shadow.model if setup.shadow else setup.model)
+    backward = lambda loss: setup.accelerator.backward(loss / s.accumulate)  # noqa: E731
     sums: dict[str, Tensor] = {}
     seen = 0
     for k in range(s.accumulate):
         x, y = next(micro_batches)
         seen += len(x)
         whole = s.batch_size // s.accumulate
-        draws = Draws(mix(s.seed, _STEP, step, k), x.device, whole, world.rows(whole).start)
+        draws = Draws(mix(s.seed, _STEP, step // replays(method), k), x.device, whole, world.rows(whole).start)
         x = augment(x, setup.augmentation, draws)
-        with borrowed(setup.model):
-            x_adv = method.perturb(Nets(setup.model, search), x, y, setup.threat, draws, setup.tracker)  # pyright: ignore[reportArgumentType]
         with setup.accelerator.no_sync(setup.forward) if k + 1 < s.accumulate else nullcontext():
-            logits = setup.forward(x) if method.needs_clean else None
-            logits_adv = setup.forward(x_adv)
-            total, parts = method.loss(logits, logits_adv, y)
-            setup.accelerator.backward(total / s.accumulate)
+            if isinstance(method, OwnStep):
+                passes = Passes(setup.forward, backward, nets, step)
+                total, parts = method.step(passes, x, y, setup.threat, draws, setup.tracker)
+            else:
+                with borrowed(setup.model):
+                    x_adv = method.perturb(nets, x, y, setup.threat, draws, setup.tracker)
+                logits = setup.forward(x) if method.needs_clean else None
+                logits_adv = setup.forward(x_adv)
+                total, parts = method.loss(logits, logits_adv, y)
+                if isinstance(method, Penalised):
+                    terms = method.penalty(setup.forward, x, y, setup.threat, draws)
+                    total, parts = sum(terms.values(), total), parts | terms
+                backward(total)
         for name, part in {"total": total, **parts}.items():
             sums[name] = sums.get(name, 0.0) + part.detach().double() / s.accumulate
     means = world.sum(torch.stack(list(sums.values()))) / world.size
@@ -225,7 +243,7 @@ def train(
         raise UserError(
             f"batch_size {s.batch_size} is larger than the {n} training images", f"--set train.batch_size={n // 2 or 1}"
         )
-    per_epoch = n // s.batch_size
+    per_epoch = n // s.batch_size * replays(method)
     steps = per_epoch * s.epochs
     state = LoopState()
     for stateful in filter(None, (state, setup.tracker, setup.ema)):
@@ -248,13 +266,14 @@ def train(
 
     while state.step < steps and not state.collapsed:
         epoch, done = divmod(state.step, per_epoch)
-        lists = _epoch_lists(n, epoch, s, world)[done * s.accumulate :]
+        lists = _epoch_lists(n, epoch, s, world, replays(method))[done * s.accumulate :]
         stream = iter(batches(data.train, lists, setup.accelerator.device, workers))
         set_train_mode(setup)
         for within in range(done, per_epoch):
             begin = time.perf_counter()
-            if setup.tracker and setup.tracker.due(state.step, epoch_starts=within == 0):
-                yield from _measure_upsilon(setup, data.train, state.step, eval_batch)
+            upsilon = setup.tracker if isinstance(setup.tracker, UpsilonTracker) else None
+            if upsilon and upsilon.due(state.step, epoch_starts=within == 0):
+                yield from _measure_upsilon(setup, upsilon, data.train, state.step, eval_batch)
             set_rate(state.step)
             losses, seen = take_step(setup, stream, state.step)
             if not math.isfinite(losses["total"]):
@@ -314,13 +333,16 @@ def follow(events: Generator[Event, None, Outcome], tell: Listener) -> Outcome:
         tell(event)
 
 
-def _epoch_lists(n: int, epoch: int, s: TrainSettings, world: World) -> list[list[int]]:
-    """This process's index lists of an epoch: its rows of every micro-batch of every global batch."""
+def _epoch_lists(n: int, epoch: int, s: TrainSettings, world: World, times: int) -> list[list[int]]:
+    """This process's index lists of an epoch: its rows of every micro-batch of every global batch, each so many times."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(mix(s.seed, _ORDER, epoch))).tolist()
     part = s.batch_size // s.accumulate
     rows = world.rows(part)
-    count = n // s.batch_size * s.accumulate
-    return [order[i * part + rows.start : i * part + rows.stop] for i in range(count)]
+    lists = []
+    for first in range(0, n // s.batch_size * s.batch_size, s.batch_size):
+        starts = range(first, first + s.batch_size, part)
+        lists += [order[i + rows.start : i + rows.stop] for i in starts] * times
+    return lists
 
 
 def _share_statistics(setup: Setup) -> None:
@@ -329,10 +351,11 @@ def _share_statistics(setup: Setup) -> None:
         setup.world.average_buffers(model)
 
 
-def _measure_upsilon(setup: Setup, train: Split, step: int, batch_size: int) -> Generator[Event, None, None]:
+def _measure_upsilon(
+    setup: Setup, tracker: UpsilonTracker, train: Split, step: int, batch_size: int
+) -> Generator[Event, None, None]:
     """A pass over the training set, or a sub-sample, for the tracker; sharded over the processes."""
-    tracker, world = setup.tracker, setup.world
-    assert tracker is not None
+    world = setup.world
     chosen = sample(len(train), tracker.images, mix(setup.settings.seed, _UPSILON, step))
     mine = chosen[world.rows(len(chosen))]
     lists = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]

@@ -14,7 +14,7 @@ from robustify.distributed import make_accelerator
 from robustify.errors import UserError
 from robustify.evaluation import counted
 from robustify.events import Collapsed, EpochEnd, StepEnd
-from robustify.methods import FastAt, PgdAt, Standard, Trades, Wasserstein
+from robustify.methods import FastAt, FreeAt, Gaat, Mart, PgdAt, Standard, Trades, Wasserstein
 from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
 from robustify.threat import ThreatModel
@@ -44,13 +44,18 @@ def run(setup, folder, **more):
         (Wasserstein(steps=2), "W2-Linf:8/255"),
         (Trades(steps=2), "L2:0.5"),
         (PgdAt(steps=2), "L1:2"),
+        (Mart(steps=2), "Linf:8/255"),
         (FastAt(), "L2:0.5"),
+        (FastAt(grad_align=0.2), "Linf:8/255"),
+        (FreeAt(replays=1), "Linf:8/255"),
+        (Gaat(), "Linf:8/255"),
+        (Gaat(gradient="exact"), "L2:0.5"),
         (Standard(), "Linf:8/255"),
     ],
     ids=lambda v: getattr(v, "name", v),
 )
 def test_every_method_learns(method, threat, tmp_path):
-    setup = setup_for(method, threat, epochs=6)
+    setup = setup_for(method, threat, epochs=6, collapse_drop=1.0)
     outcome, events = run(setup, tmp_path)
     epochs = [e for e in events if isinstance(e, EpochEnd)]
     assert len(epochs) == 7
@@ -170,18 +175,59 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", [Trades(steps=3), PgdAt(steps=3), FastAt(), Wasserstein(steps=3)], ids=lambda m: m.name
+    "method",
+    [Trades(steps=3), PgdAt(steps=3), FastAt(), FastAt(grad_align=1), Wasserstein(steps=3), Mart(steps=3), Gaat(), FreeAt()],
+    ids=lambda m: m.name,
 )
 def test_a_step_spends_the_passes_it_says_and_no_weight_gradient_in_the_attack(method):
     threat = "W2-Linf:8/255" if method.distributional else "Linf:8/255"
     setup = setup_for(method, threat)
-    if setup.tracker:
+    if method.distributional:
         setup.tracker.measure(torch.ones(96), 96)
     set_train_mode(setup)
     x, y = toy_data(32)
     with counted(setup.model) as passes:
         take_step(setup, iter([(x, y)]), 0)
     assert passes.forward / 32 == pytest.approx((method.passes(0, 0)), abs=1e-9)
+
+
+def test_third_derivatives_of_batch_norm_in_training_are_refused():
+    with pytest.raises(UserError, match=r"train\.batchnorm=frozen"):
+        setup_for(Gaat(gradient="exact", order=2))
+    setup = setup_for(Gaat(gradient="exact", order=2), batchnorm="frozen")
+    set_train_mode(setup)
+    losses, _ = take_step(setup, iter([toy_data(32)]), 0)
+    assert math.isfinite(losses["total"])
+
+
+def test_free_at_takes_every_batch_several_times_and_continues_bit_for_bit(tmp_path):
+    """Three batches an epoch, replayed twice: the noise is part of what a checkpoint holds."""
+    seen = []
+
+    class Recorder(FreeAt):
+        def step(self, passes, x, y, threat, draws, tracker):
+            seen.append(x)
+            return super().step(passes, x, y, threat, draws, tracker)
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole = setup_for(Recorder(replays=2), checkpoint_steps=1)
+    outcome, _ = run(whole, tmp_path / "a")
+    assert outcome.steps == 12 == len(seen)
+    for first, second, third in zip(seen[::2], seen[1::2], seen[2::2], strict=False):
+        assert torch.equal(first, second)
+        assert not torch.equal(second, third)
+    stopped = train(setup_for(FreeAt(replays=2), checkpoint_steps=1), data(), tmp_path / "b")
+    for event in stopped:
+        if isinstance(event, StepEnd) and event.step == 4:  # the checkpoint lies between the two replays of a batch
+            break
+    stopped.close()
+    (checkpoint,) = (tmp_path / "b" / "checkpoints").iterdir()
+    assert checkpoint.name == "step-00000003"
+    continued = setup_for(FreeAt(replays=2), checkpoint_steps=1)
+    run(continued, tmp_path / "b", resume=checkpoint)
+    for a, b in zip(whole.model.state_dict().values(), continued.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_bf16_searches_on_a_shadow_and_its_gradient_is_that_of_full_precision():

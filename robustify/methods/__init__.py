@@ -7,10 +7,17 @@ from typing import Annotated
 from pydantic import Field
 
 from robustify.methods.fast_at import FastAt
+from robustify.methods.free_at import FreeAt
+from robustify.methods.gaat import Gaat
+from robustify.methods.mart import Mart
 from robustify.methods.pgd_at import PgdAt
 from robustify.methods.standard import Standard
 from robustify.methods.trades import Trades
 from robustify.methods.wasserstein import Wasserstein
 
-METHODS = {cls.model_fields["name"].default: cls for cls in (Wasserstein, Trades, PgdAt, FastAt, Standard)}
-AnyMethod = Annotated[Wasserstein | Trades | PgdAt | FastAt | Standard, Field(discriminator="name")]
+AnyMethod = Annotated[
+    Wasserstein | Trades | Mart | PgdAt | FastAt | FreeAt | Gaat | Standard, Field(discriminator="name")
+]
+METHODS = {
+    cls.model_fields["name"].default: cls for cls in (Wasserstein, Trades, Mart, PgdAt, FastAt, FreeAt, Gaat, Standard)
+}

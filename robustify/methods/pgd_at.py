@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -28,12 +28,13 @@ class PgdAt(Settings):
     adversarial: ClassVar[bool] = True
     needs_clean: ClassVar[bool] = False
     distributional: ClassVar[bool] = False
+    one_step: ClassVar[bool] = False
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2", "L1")
 
     def tracker(self, threat: ThreatModel, population: int) -> None:
         return None
 
-    def perturb(self, nets: Nets, x: Tensor, y: Tensor, threat: ThreatModel, draws: Draws, tracker: None) -> Tensor:
+    def perturb(self, nets: Nets, x: Tensor, y: Tensor, threat: ThreatModel, draws: Draws, tracker: Any) -> Tensor:
         """Spends `steps` forward and backward passes to the input."""
         start = (x + uniform_in_ball(x, threat.norm, threat.eps, draws)).clamp(0, 1)
         return ascend(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -23,12 +23,13 @@ class Standard(Settings):
     adversarial: ClassVar[bool] = False
     needs_clean: ClassVar[bool] = False
     distributional: ClassVar[bool] = False
+    one_step: ClassVar[bool] = False
     norms: ClassVar[tuple[Norm, ...]] = NORMS
 
     def tracker(self, threat: ThreatModel, population: int) -> None:
         return None
 
-    def perturb(self, nets: Nets, x: Tensor, y: Tensor, threat: ThreatModel, draws: Draws, tracker: None) -> Tensor:
+    def perturb(self, nets: Nets, x: Tensor, y: Tensor, threat: ThreatModel, draws: Draws, tracker: Any) -> Tensor:
         return x
 
     def loss(self, logits: Tensor | None, logits_adv: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

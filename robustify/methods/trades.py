@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -28,12 +28,13 @@ class Trades(Settings):
     adversarial: ClassVar[bool] = True
     needs_clean: ClassVar[bool] = True
     distributional: ClassVar[bool] = False
+    one_step: ClassVar[bool] = False
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2")
 
     def tracker(self, threat: ThreatModel, population: int) -> None:
         return None
 
-    def perturb(self, nets: Nets, x: Tensor, y: Tensor, threat: ThreatModel, draws: Draws, tracker: None) -> Tensor:
+    def perturb(self, nets: Nets, x: Tensor, y: Tensor, threat: ThreatModel, draws: Draws, tracker: Any) -> Tensor:
         """Spends one forward pass and `steps` forward and backward passes to the input."""
         with torch.no_grad():
             clean = nets.exact(x)

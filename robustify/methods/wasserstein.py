@@ -54,6 +54,7 @@ class Wasserstein(Settings):
     adversarial: ClassVar[bool] = True
     needs_clean: ClassVar[bool] = True
     distributional: ClassVar[bool] = True
+    one_step: ClassVar[bool] = False
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2")
 
     def tracker(self, threat: ThreatModel, population: int) -> UpsilonTracker:

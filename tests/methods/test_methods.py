@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 from helpers import tiny_net
+from torch import nn
 
 from robustify.attacks import ascent
 from robustify.evaluation import counted
-from robustify.methods import METHODS, FastAt, PgdAt, Trades, Wasserstein
+from robustify.methods import METHODS, FastAt, Mart, PgdAt, Trades, Wasserstein
 from robustify.modes import Nets, borrowed
 from robustify.rng import Draws
-from robustify.threat import ThreatModel, norms
+from robustify.threat import ThreatModel, norms, steepest, uniform_in_ball
 
 X = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 4
@@ -66,7 +67,9 @@ def test_the_kl_ascent_takes_the_gradient_of_kl():
 
 
 @pytest.mark.parametrize(
-    "method", [Trades(steps=3), PgdAt(steps=3), FastAt(), Wasserstein(steps=3, cap=2)], ids=lambda m: m.name
+    "method",
+    [Trades(steps=3), Mart(steps=3), PgdAt(steps=3), FastAt(), Wasserstein(steps=3, cap=2)],
+    ids=lambda m: m.name,
 )
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_perturbations_stay_in_the_ball_and_the_pixels(method, norm):
@@ -124,6 +127,8 @@ def test_wrong_images_get_no_budget_and_stay():
         (Trades(steps=5), 6, 5),
         (PgdAt(steps=5), 5, 5),
         (FastAt(), 1, 1),
+        (FastAt(noise="n-fgsm"), 1, 1),
+        (Mart(steps=5), 5, 5),
         (Wasserstein(steps=5), 6, 6),
         (Wasserstein(steps=5, inner_loss="redlr"), 5, 5),
         (Wasserstein(steps=5, inner_loss="ce"), 6, 6),
@@ -150,10 +155,36 @@ def test_the_first_kl_step_is_taken_on_the_exact_network():
     assert (e.backward, s.backward) == (12, 36)
 
 
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_n_fgsm_adds_noise_of_twice_eps_and_one_step_and_projects_nothing(norm):
+    eps = {"Linf": 0.03, "L2": 0.5}[norm]
+    x = 0.3 + 0.4 * X  # nothing is clamped
+    noise = 2 * eps * uniform_in_ball(x, norm, 1.0, Draws(0))
+    net = tiny_net().eval()
+    leaf = (x + noise).requires_grad_(True)
+    (g,) = torch.autograd.grad(nn.functional.cross_entropy(net(leaf), Y, reduction="sum"), leaf)
+    x_adv = perturbed(FastAt(noise="n-fgsm"), ThreatModel(norm, eps), net, x)
+    assert torch.allclose(x_adv, x + noise + eps * steepest(g, norm), atol=1e-6)
+    size = norms(x_adv - x, norm)
+    assert eps * 1.2 < float(size.max()) <= 3 * eps * (1 + 1e-5)
+
+
+def test_the_two_readings_of_uniform_in_the_l2_ball():
+    """In 192 dimensions nearly all the volume lies near the sphere; a uniform radius does not."""
+    x, threat = torch.full((2000, 3, 8, 8), 0.5), ThreatModel.parse("L2:0.5")
+    sizes = {
+        noise: norms(FastAt(noise=noise)._noise(x, threat, Draws(0)), "L2") / 0.5 for noise in ("uniform", "uniform-radius")
+    }
+    assert sizes["uniform"].mean() == pytest.approx(192 / 193, abs=0.002)
+    assert sizes["uniform-radius"].mean() == pytest.approx(0.5, abs=0.02)
+    assert sizes["uniform-radius"].std() == pytest.approx(12**-0.5, abs=0.02)
+
+
 def test_every_method_describes_itself():
     for name, method in METHODS.items():
         assert method().name == name
         assert method.summary
         assert method.paper
         assert method.norms
-    assert math.isclose(FastAt().alpha, 1.25)
+    assert math.isclose(FastAt().step_length, 1.25)
+    assert math.isclose(FastAt(noise="n-fgsm").step_length, 1)
