@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from robustify.losses import LOSSES
+from robustify.losses import LOSSES, Loss
 from robustify.modes import borrowed
 from robustify.threat import Norm, dual_norms
 
@@ -26,14 +26,15 @@ def input_gradient(model: nn.Module, x: Tensor, objective: Callable[[Tensor], Te
     return gradient, logits.detach(), losses.detach()
 
 
-def gradient_norms(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss: str, norm: Norm) -> Tensor:
+def gradient_norms(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss: str | Loss, norm: Norm) -> Tensor:
     """Return ||grad_x J(f(x), y)|| in the norm dual to `norm` for every image of the batches, [N] on the CPU.
 
     Costs one forward and one backward pass to the input per image.
     """
+    objective = LOSSES[loss] if isinstance(loss, str) else loss
     found = []
     with borrowed(model):
         for x, y in batches:
-            gradient, _, _ = input_gradient(model, x, lambda logits, y=y: LOSSES[loss](logits, y))
+            gradient, _, _ = input_gradient(model, x, lambda logits, y=y: objective(logits, y))
             found.append(dual_norms(gradient, norm).double().cpu())
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)

@@ -38,26 +38,26 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return logits.masked_fill(label, -torch.inf).amax(1) - logits.gather(1, y[:, None])[:, 0]
 
 
-def dlr(logits: Tensor, y: Tensor) -> Tensor:
+def dlr(logits: Tensor, y: Tensor, smooth: float = 0.0) -> Tensor:
     """Difference of logits ratio, [N], at least 3 classes (Croce and Hein, ICML 2020, section 4).
 
     The margin over the gap between the largest and the third logit: -(z_y - z_(2)) / (z_(1) - z_(3)) where y is predicted.
-    Raises UserError with fewer than 3 classes.
+    smooth: added to that gap; where it goes to 0 the slope explodes otherwise. Raises UserError with fewer than 3 classes.
     """
     if logits.shape[1] < 3:
         raise UserError(f"DLR needs at least 3 classes, the model has {logits.shape[1]}", "use the loss ce")
     logits = _exact(logits)
     top = logits.topk(3, dim=1).values
     tiny = torch.finfo(logits.dtype).tiny
-    return margin(logits, y) / (top[:, 0] - top[:, 2]).clamp_min(tiny)
+    return margin(logits, y) / (top[:, 0] - top[:, 2] + smooth).clamp_min(tiny)
 
 
-def redlr(logits: Tensor, y: Tensor) -> Tensor:
+def redlr(logits: Tensor, y: Tensor, smooth: float = 0.0) -> Tensor:
     """Rectified DLR, [N]: DLR where the image is classified correctly, 0 with zero gradient elsewhere.
 
     A distributional attacker spends nothing on images that are already wrong (arXiv 2306.09844, section 3).
     """
-    return dlr(logits, y).clamp_max(0)
+    return dlr(logits, y, smooth).clamp_max(0)
 
 
 LOSSES: dict[str, Loss] = {"ce": ce, "dlr": dlr, "redlr": redlr}

@@ -15,7 +15,8 @@ from robustify import shelf
 from robustify.attacks import AttackSpec
 from robustify.errors import UserError, nearest
 from robustify.methods import METHODS, AnyMethod
-from robustify.methods.base import Settings, replays
+from robustify.methods.base import replays
+from robustify.settings import Settings
 from robustify.threat import ThreatModel
 
 Origins = dict[str, str]
@@ -188,7 +189,12 @@ class Recipe(Settings):
     def digest(self) -> str:
         """Twelve hexadecimal digits that change with any setting that the result depends on."""
         values = self.to_dict()
-        for section, key in (("model", "verify"), ("train", "tracker"), ("train", "checkpoint_steps"), ("data", "workers")):
+        for section, key in (
+            ("model", "verify"),
+            ("train", "tracker"),
+            ("train", "checkpoint_steps"),
+            ("data", "workers"),
+        ):
             del values[section][key]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -7,14 +7,16 @@ V(delta) = V(0) + delta * Upsilon + o(delta) with Upsilon = (E ||grad_x J||_*^q)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-UpsilonRule = Literal["epoch", "every", "ema", "window"]
+from robustify.ledger import Memory
+from robustify.threat import ThreatModel
+
+UpsilonRule = Literal["epoch", "every", "ema", "window", "importance"]
 
 
 def conjugate(p: float) -> float:
@@ -55,113 +57,116 @@ def upsilon(gradient_norms: Tensor, q: float, population: int | None = None) -> 
     return Sensitivity(value, se, n, q, float(top.sum() / powers.sum()) if moment > 0 else 0.0)
 
 
-def budgets(slope: Tensor, upsilon_now: float, delta: float, p: float, cap: float | None = None) -> Tensor:
-    """Split the Wasserstein budget over images: delta_i = delta * (||g_i||_* / Upsilon)^(q-1), [N].
+def budget_scale(gradient_norms: Tensor, weights: Tensor, power: float, p: float, cap: float | None) -> float:
+    """Return the c whose radii min(c * ||g_i||_*^power, cap), in units of delta, have a weighted mean of p-th powers of 1.
 
-    With Upsilon of the same images E[delta_i^p] = delta^p exactly, as (q-1)p = q. Images without slope get nothing; p = inf
-    gives delta to all. cap limits delta_i to cap * delta, which leaves part of the budget unspent.
+    gradient_norms, weights: [N], the weights summing to 1. With power = q-1 and no cap, c = Upsilon^-(q-1). inf when all
+    images with a slope are capped and the budget is still not spent; 1 for p = inf.
     """
-    q = conjugate(p)
-    if q == 1:
+    if math.isinf(p):
+        return 1.0
+    some = gradient_norms > 0
+    if not bool(some.any()):
+        return 0.0
+    share, order = (gradient_norms[some].double() ** power).sort()
+    weight = weights[some].double()[order]
+    spent = (weight * share**p).cumsum(0)
+    if cap is None:
+        return float(spent[-1] ** (-1 / p))
+    if float(weight.sum()) * cap**p <= 1:
+        return math.inf
+    capped = (weight.sum() - weight.cumsum(0)).clamp_min(0) * cap**p  # cost of the images above each, at the cap
+    scale = ((1 - capped).clamp_min(0) / spent) ** (1 / p)
+    fits = (scale * share <= cap) & (capped < 1)  # the images up to here not capped, all above capped
+    return float(scale[int(fits.nonzero().max())])
+
+
+def budgets(slope: Tensor, scale: float, power: float, delta: float, p: float, cap: float | None = None) -> Tensor:
+    """Split the Wasserstein budget over images: delta_i = delta * min(scale * ||g_i||_*^power, cap), [N].
+
+    With power = q-1 and scale = Upsilon^-(q-1) of the same images, E[delta_i^p] = delta^p exactly, as (q-1)p = q. Images
+    without slope get nothing; p = inf gives delta to all.
+    """
+    if math.isinf(p):
         return torch.full_like(slope, delta)
-    if upsilon_now <= 0:
-        return torch.zeros_like(slope)
-    split = delta * (slope / upsilon_now) ** (q - 1)
-    return split if cap is None else split.clamp_max(cap * delta)
+    share = scale * torch.where(slope > 0, slope, 1.0) ** power
+    return delta * torch.where(slope > 0, share if cap is None else share.clamp_max(cap), 0.0)
 
 
-class UpsilonTracker:
-    """The running Upsilon of a training run, and the ledger of the budgets spent with it.
+class UpsilonTracker(Memory):
+    """The running Upsilon of a training run: the gradient norms it remembers, and their weights.
 
     rule:
-      epoch   measured anew at the start of every epoch, on the whole set or a sub-sample
-      every   measured anew every `every` steps
-      ema     M <- (1-rho) M + rho * mean ||g||^q over each batch: the moment is averaged, never Upsilon itself
-      window  the norms of the last `images` images, which the attack's first pass has computed anyway: no extra cost
-    All rules start from one measurement. `gather` concatenates a tensor over the processes, so that every process holds
-    the same value; epoch and every need it at no step.
+      epoch       measured anew at the start of every epoch, on the whole set or a sub-sample
+      every       measured anew every `every` steps
+      importance  the same, from a few gradients drawn in proportion to ||dJ/dlogits||^q (robustify.importance)
+      ema         M <- (1-rho) M + rho * mean ||g||^q over each batch: the moment is averaged, never Upsilon itself
+      window      the norms of the last `images` images, which the attack's first pass has computed anyway: no extra cost
+    All rules start from one measurement.
     """
 
-    def __init__(self, rule: UpsilonRule, q: float, delta: float, every: int, rho: float, images: int) -> None:
-        self.rule, self.q, self.delta, self.every, self.rho, self.images = rule, q, delta, every, rho, images
-        self.gather: Callable[[Tensor], Tensor] = lambda values: values
-        self.moment = 0.0
-        self.window = torch.zeros(0, dtype=torch.float64)
+    def __init__(self, rule: UpsilonRule, threat: ThreatModel, every: int, rho: float, images: int) -> None:
+        super().__init__(threat)
+        self.rule, self.q, self.every, self.rho, self.images = rule, conjugate(self.p), every, rho, images
+        self.moment = 0.0  # of the rule ema
+        self.norms = self.weights = torch.zeros(0, dtype=torch.float64)
         self.measured: Sensitivity | None = None
-        self._clear_ledger()
 
     @property
     def value(self) -> float:
-        moment = float((self.window**self.q).mean()) if self.rule == "window" and len(self.window) else self.moment
+        moment = self.moment if self.rule == "ema" else float((self.weights * self.norms**self.q).sum())
         return moment ** (1 / self.q)
 
+    def scale(self, power: float, cap: float | None) -> float:
+        """Return the factor of `budgets` that spends delta^p over the remembered norms; the rule ema knows no norms."""
+        if self.rule == "ema":
+            return self.value**-power if self.value > 0 else 0.0
+        return budget_scale(self.norms, self.weights, power, self.p, cap)
+
     def due(self, step: int, epoch_starts: bool) -> bool:
-        """Whether Upsilon must be measured on the training set before this step."""
         if self.measured is None:
             return True
-        return epoch_starts if self.rule == "epoch" else self.rule == "every" and step % self.every == 0
+        return epoch_starts if self.rule == "epoch" else self.rule in ("every", "importance") and step % self.every == 0
 
     def measure(self, gradient_norms: Tensor, population: int) -> None:
         """Take a fresh measurement: per-example norms, [M], of all processes."""
-        self.measured = upsilon(gradient_norms, self.q, population)
-        self.moment = self.measured.value**self.q
+        self._take(upsilon(gradient_norms, self.q, population), gradient_norms[-self.images :])
+
+    def measure_weighted(self, gradient_norms: Tensor, weights: Tensor, measured: Sensitivity) -> None:
+        """Take a measurement by importance sampling: norms and weights, [M], and what they amount to."""
+        self._take(measured, gradient_norms)
+        self.weights = weights.double()
+
+    def _take(self, measured: Sensitivity, norms: Tensor) -> None:
+        self.measured, self.moment = measured, measured.value**self.q
+        self.norms = norms.double().cpu()
+        self.weights = torch.full_like(self.norms, 1 / max(1, len(norms)))
+
+    def learn(self, rows: Tensor) -> None:
+        slope = rows[:, 1]
         if self.rule == "window":
-            self.window = gradient_norms.double()[-self.images :]
+            self.norms = torch.cat([self.norms, slope])[-self.images :]
+            self.weights = torch.full_like(self.norms, 1 / max(1, len(self.norms)))
+        elif self.rule == "ema" and len(slope):
+            self.moment = (1 - self.rho) * self.moment + self.rho * float((slope**self.q).mean())
 
-    def observe(self, slope: Tensor) -> None:
-        """Take the norms, [N], that the attack computed on this batch."""
-        if self.rule == "window":
-            self.window = torch.cat([self.window, self.gather(slope).double().cpu()])[-self.images :]
-        elif self.rule == "ema":
-            self.moment = (1 - self.rho) * self.moment + self.rho * float(
-                (self.gather(slope).double() ** self.q).mean()
-            )
-
-    def spend(self, delta_i: Tensor, p: float) -> None:
-        """Enter this batch's budgets in the ledger."""
-        if self.delta <= 0:
-            return
-        share = (delta_i.double() / self.delta).cpu()
-        power = share.sum() if math.isinf(p) else (share**p).sum()
-        self.ledger += torch.stack([power, (share == 0).double().sum(), torch.tensor(float(len(share)))])
-        self.largest = max(self.largest, float(share.max()) * self.delta) if len(share) else self.largest
-
-    def summary(self) -> dict[str, float]:
-        """What to log of the epoch (over all processes), and clear the ledger.
-
-        mean_cost: mean(delta_i^p)/delta^p, about 1 when Upsilon is right; zero_share: part of the images without budget.
-        """
-        rows = self.gather(torch.cat([self.ledger, torch.tensor([self.largest])])[None])
-        power, zeros, count = rows[:, :3].sum(0).tolist()
-        largest = float(rows[:, 3].max())
-        self._clear_ledger()
-        now = upsilon(self.window, self.q) if self.rule == "window" and len(self.window) else self.measured
+    def values(self) -> dict[str, float]:
+        now = upsilon(self.norms, self.q) if self.rule == "window" and len(self.norms) else self.measured
         return {
             "upsilon": self.value,
             "upsilon_se": now.se if now else math.nan,
-            "mean_cost": power / max(count, 1),
-            "zero_share": zeros / max(count, 1),
-            "largest_delta": largest,
+            "upsilon_top_share": now.top_share if now else math.nan,
         }
-
-    def _clear_ledger(self) -> None:
-        self.ledger = torch.zeros(3, dtype=torch.float64)
-        self.largest = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            **super().state_dict(),
             "moment": self.moment,
-            "window": self.window,
+            "norms": self.norms,
+            "weights": self.weights,
             "measured": self.measured and self.measured.to_json(),
-            "ledger": self.ledger,
-            "largest": self.largest,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.moment, self.window, self.ledger, self.largest = (
-            state["moment"],
-            state["window"],
-            state["ledger"],
-            state["largest"],
-        )
+        super().load_state_dict(state)
         self.measured = Sensitivity(**state["measured"]) if state["measured"] else None

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from robustify import checkpoints, files
+from robustify.adversaries.budget import Budget
 from robustify.augment import augment
 from robustify.data import Data, Split, batches, subset
 from robustify.distributed import World
@@ -30,8 +31,10 @@ from robustify.errors import UserError
 from robustify.evaluation import evaluate, sample
 from robustify.events import Collapsed, EpochEnd, Event, Listener, Note, Progress, StepEnd
 from robustify.gradients import gradient_norms
+from robustify.importance import MIN_DRAWS, draw, logit_slopes
 from robustify.methods import Gaat
 from robustify.methods.base import Method, OwnStep, Passes, Penalised, State, replays
+from robustify.methods.wasserstein import Wasserstein
 from robustify.modes import Nets, Shadow, borrowed
 from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
@@ -212,6 +215,8 @@ def take_step(setup: Setup, micro_batches: Iterator[tuple[Tensor, Tensor]], step
                     terms = method.penalty(setup.forward, x, y, setup.threat, draws)
                     total, parts = sum(terms.values(), total), parts | terms
                 backward(total)
+        if setup.tracker:
+            setup.tracker.update()
         for name, part in {"total": total, **parts}.items():
             sums[name] = sums.get(name, 0.0) + part.detach().double() / s.accumulate
     means = world.sum(torch.stack(list(sums.values()))) / world.size
@@ -355,14 +360,26 @@ def _measure_upsilon(
     setup: Setup, tracker: UpsilonTracker, train: Split, step: int, batch_size: int
 ) -> Generator[Event, None, None]:
     """A pass over the training set, or a sub-sample, for the tracker; sharded over the processes."""
-    world = setup.world
-    chosen = sample(len(train), tracker.images, mix(setup.settings.seed, _UPSILON, step))
-    mine = chosen[world.rows(len(chosen))]
-    lists = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    method, world, device = setup.method, setup.world, setup.accelerator.device
+    assert isinstance(method, Wasserstein)
+    assert isinstance(method.adversary, Budget)
+    seed = mix(setup.settings.seed, _UPSILON, step)
+    chosen = sample(len(train), tracker.images, seed)
     yield Progress("measuring Upsilon", 0, len(chosen))
-    loss = getattr(setup.method, "budget_loss", "redlr")
-    norms = gradient_norms(setup.model, batches(train, lists, setup.accelerator.device, 0), loss, setup.threat.norm)
-    tracker.measure(world.gather(norms), len(train))
+
+    def mine(indices: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        rows = indices[world.rows(len(indices))]
+        return batches(train, [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)], device, 0)
+
+    objective, norm = method.adversary.objective, setup.threat.norm
+    if tracker.rule == "importance":
+        slopes = world.gather(logit_slopes(setup.model, mine(chosen), objective))
+        drawn = draw(slopes, tracker.q, max(MIN_DRAWS, len(chosen) // 16), seed)
+        some = [chosen[i] for i in drawn.indices.tolist()]
+        found = world.gather(gradient_norms(setup.model, mine(some), objective, norm))
+        tracker.measure_weighted(found, drawn.weights, drawn.estimate(found, len(train)))
+    else:
+        tracker.measure(world.gather(gradient_norms(setup.model, mine(chosen), objective, norm)), len(train))
 
 
 def _probe(setup: Setup, probe: Split, batch_size: int) -> tuple[float, float, str]:

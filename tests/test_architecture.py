@@ -25,8 +25,24 @@ KNOWS = {
 }
 # layers from the ground up: a module imports only from its own layer or from those before it
 LAYERS = [
-    {"errors", "rng", "threat", "losses", "pixels", "modes", "gradients", "files", "durations", "shelf", "knapsack", "duality"},
-    {"attacks", "sensitivity", "flips", "bounds", "smoothing"},
+    {
+        "errors",
+        "rng",
+        "threat",
+        "losses",
+        "pixels",
+        "modes",
+        "gradients",
+        "files",
+        "durations",
+        "shelf",
+        "knapsack",
+        "duality",
+        "settings",
+        "ledger",
+    },
+    {"attacks", "sensitivity", "importance", "flips", "bounds", "smoothing"},
+    {"adversaries"},
     {
         "methods",
         "sources",

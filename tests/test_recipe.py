@@ -41,10 +41,10 @@ def test_the_threat_follows_the_method(method, threat):
 
 def test_another_method_over_a_recipe_takes_its_own_defaults_and_the_same_radius(tmp_path):
     file = tmp_path / "mine.yaml"
-    file.write_text("model: a\nthreat: W2-Linf:4/255\nmethod: {name: wasserstein, budget_loss: ce}\n")
+    file.write_text("model: a\nthreat: W2-Linf:4/255\nmethod: {name: wasserstein, beta: 2}\n")
     recipe = resolve(str(file), {"method.name": "trades"}).recipe
     assert (recipe.method.name, recipe.threat.spec) == ("trades", "Linf:4/255")
-    assert resolve(str(file), {"method.name": "wasserstein"}).recipe.method.budget_loss == "ce"
+    assert resolve(str(file), {"method.name": "wasserstein"}).recipe.method.beta == 2
 
 
 def test_all_errors_at_once():

@@ -6,18 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from robustify.modes import Nets
 from robustify.rng import Draws
 from robustify.threat import Norm, ThreatModel
-
-
-class Settings(BaseModel):
-    """Frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class State(Protocol):
@@ -27,6 +20,10 @@ class State(Protocol):
     """
 
     gather: Callable[[Tensor], Tensor]
+
+    def update(self) -> None:
+        """Exchange with the other processes what the attack has noted; called after it, on every process."""
+        ...
 
     def summary(self) -> dict[str, float]:
         """What to log of an epoch that has ended."""

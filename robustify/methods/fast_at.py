@@ -13,10 +13,10 @@ from torch import Tensor
 from robustify.attacks.ascent import ascend
 from robustify.gradients import input_gradient
 from robustify.losses import ce
-from robustify.methods.base import Settings
 from robustify.methods.differentiated import differentiable_gradient
 from robustify.modes import Nets
 from robustify.rng import Draws
+from robustify.settings import Settings
 from robustify.threat import Norm, ThreatModel, per_image, steepest, uniform_in_ball
 
 

@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from robustify.losses import ce
-from robustify.methods.base import Passes, Settings
+from robustify.methods.base import Passes
 from robustify.rng import Draws
+from robustify.settings import Settings
 from robustify.threat import Norm, ThreatModel, project, steepest
 
 
@@ -28,6 +29,9 @@ class Noise:
             return torch.zeros_like(x)
         mine = self.delta if len(self.delta) == len(x) else self.delta[draws.start : draws.start + len(x)]
         return mine.to(x)
+
+    def update(self) -> None:
+        """Nothing is exchanged: every process carries its own rows."""
 
     def summary(self) -> dict[str, float]:
         return {}

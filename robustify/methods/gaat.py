@@ -14,11 +14,12 @@ from torch import Tensor
 
 from robustify.gradients import input_gradient
 from robustify.losses import ce
-from robustify.methods.base import Passes, Settings
+from robustify.methods.base import Passes
 from robustify.methods.differentiated import differentiable_gradient
 from robustify.methods.pgd_at import PgdAt
 from robustify.modes import borrowed
 from robustify.rng import Draws
+from robustify.settings import Settings
 from robustify.threat import Norm, ThreatModel, steepest
 
 

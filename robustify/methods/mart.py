@@ -9,13 +9,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from robustify.attacks.ascent import ascend
+from robustify.attacks.ascent import START_NOISE, ascend
 from robustify.gradients import input_gradient
 from robustify.losses import ce, kl
-from robustify.methods.base import Settings
-from robustify.methods.consistency import START_NOISE
 from robustify.modes import Nets
 from robustify.rng import Draws
+from robustify.settings import Settings
 from robustify.threat import Norm, ThreatModel, project
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from robustify.attacks.ascent import ascend
 from robustify.gradients import input_gradient
 from robustify.losses import ce
-from robustify.methods.base import Settings
 from robustify.modes import Nets
 from robustify.rng import Draws
+from robustify.settings import Settings
 from robustify.threat import Norm, ThreatModel, uniform_in_ball
 
 

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from robustify.losses import ce
-from robustify.methods.base import Settings
 from robustify.modes import Nets
 from robustify.rng import Draws
+from robustify.settings import Settings
 from robustify.threat import NORMS, Norm, ThreatModel
 
 

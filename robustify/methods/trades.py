@@ -8,10 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from robustify.methods.base import Settings
-from robustify.methods.consistency import ascend_kl, trades_loss
+from robustify.attacks.ascent import ascend_kl
+from robustify.methods.consistency import trades_loss
 from robustify.modes import Nets
 from robustify.rng import Draws
+from robustify.settings import Settings
 from robustify.threat import Norm, ThreatModel
 
 

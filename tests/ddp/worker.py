@@ -46,7 +46,7 @@ def main(out: Path) -> None:
     layers.select(model.net, "full", [])
     setup = prepare(
         model,
-        Recorder(steps=2, upsilon="window", upsilon_images=50),
+        Recorder(steps=2, adversary={"name": "budget", "images": 50}),
         ThreatModel.parse("W2-Linf:8/255"),
         settings,
         accelerator,

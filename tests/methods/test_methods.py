@@ -68,7 +68,7 @@ def test_the_kl_ascent_takes_the_gradient_of_kl():
 
 @pytest.mark.parametrize(
     "method",
-    [Trades(steps=3), Mart(steps=3), PgdAt(steps=3), FastAt(), Wasserstein(steps=3, cap=2)],
+    [Trades(steps=3), Mart(steps=3), PgdAt(steps=3), FastAt(), Wasserstein(steps=3, adversary={"cap": 2})],
     ids=lambda m: m.name,
 )
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -97,13 +97,14 @@ def test_wasserstein_with_p_infinite_is_trades():
 def test_a_batch_of_the_whole_set_spends_the_budget_exactly(inner):
     net = tiny_net().eval()
     y = net(X).argmax(1)
-    w = Wasserstein(steps=2, inner_loss=inner, budget_loss="ce")
+    w = Wasserstein(steps=2, inner_loss=inner, adversary={"loss": "ce"})
     threat = ThreatModel.parse("W2-L2:0.1")
     tracker = w.tracker(threat, 12)
     from robustify.gradients import gradient_norms
 
     tracker.measure(gradient_norms(net, [(X, y)], "ce", "L2"), 12)
     x_adv = perturbed(w, threat, net, X, y, tracker)
+    tracker.update()
     assert tracker.summary()["mean_cost"] == pytest.approx(1, rel=1e-5)
     assert float((norms(x_adv - X, "L2") ** 2).mean()) <= 0.1**2 * (1 + 1e-5)
 
@@ -112,12 +113,13 @@ def test_wrong_images_get_no_budget_and_stay():
     net = tiny_net().eval()
     right = net(X).argmax(1)
     y = torch.where(torch.arange(12) < 6, right, (right + 1) % 4)
-    w = Wasserstein(steps=2)
+    w = Wasserstein(steps=2, adversary={"cap": None})
     tracker = w.tracker(ThreatModel.parse("W2-Linf:8/255"), 12)
     tracker.measure(torch.ones(12), 12)
     x_adv = perturbed(w, "W2-Linf:8/255", net, X, y, tracker)
     assert torch.equal(x_adv[6:], X[6:])
     assert (norms(x_adv - X, "Linf")[:6] > 0).all()
+    tracker.update()
     assert tracker.summary()["zero_share"] == 0.5
 
 
