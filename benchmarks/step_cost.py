@@ -35,6 +35,7 @@ from robustify.modes import Shadow, borrowed
 from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
 from robustify.report import environment
+from robustify.sensitivity import UpsilonTracker
 from robustify.threat import ThreatModel
 from robustify.train import Setup, _Metrics, prepare, set_train_mode, take_step
 
@@ -45,7 +46,7 @@ def setup_for(model: PixelModel, method, precision: str, batch: int) -> Setup:
     model = copy.deepcopy(model)
     layers.select(model.net, "full", [])
     setup = prepare(model, method, threat, settings, make_accelerator(precision), "crop-flip", batch)
-    if setup.tracker:
+    if isinstance(setup.tracker, UpsilonTracker):
         setup.tracker.measure(torch.ones(64), 64)
     set_train_mode(setup)
     return setup

@@ -17,6 +17,7 @@ from robustify.events import Collapsed, EpochEnd, StepEnd
 from robustify.methods import FastAt, FreeAt, Gaat, Mart, PgdAt, Standard, Trades, Wasserstein
 from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
+from robustify.sensitivity import UpsilonTracker
 from robustify.threat import ThreatModel
 from robustify.train import follow, prepare, set_train_mode, take_step, train
 
@@ -182,7 +183,7 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
 def test_a_step_spends_the_passes_it_says_and_no_weight_gradient_in_the_attack(method):
     threat = "W2-Linf:8/255" if method.distributional else "Linf:8/255"
     setup = setup_for(method, threat)
-    if method.distributional:
+    if isinstance(setup.tracker, UpsilonTracker):
         setup.tracker.measure(torch.ones(96), 96)
     set_train_mode(setup)
     x, y = toy_data(32)
