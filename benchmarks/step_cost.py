@@ -36,8 +36,9 @@ from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
 from robustify.report import environment
 from robustify.sensitivity import UpsilonTracker
+from robustify.step import Setup, prepare, set_train_mode, take_step
 from robustify.threat import ThreatModel
-from robustify.train import Setup, _Metrics, prepare, set_train_mode, take_step
+from robustify.train import _Metrics
 
 
 def setup_for(model: PixelModel, method, precision: str, batch: int) -> Setup:

@@ -25,6 +25,7 @@ from robustify.events import Event, Exported, Listener, Measured, Note, Planned,
 from robustify.export import export
 from robustify.inputs import augmentation, gate, load_inputs, prepare_weights
 from robustify.memory import memory_explained
+from robustify.methods import withstood
 from robustify.modes import borrowed
 from robustify.pixels import PixelModel
 from robustify.plan import planned
@@ -32,8 +33,9 @@ from robustify.recipe import Recipe, build
 from robustify.report import Report, save_pair
 from robustify.runs import begin_run, clear_state, flat, open_run
 from robustify.sources import Checkpoint
+from robustify.step import prepare
 from robustify.threat import ThreatModel
-from robustify.train import Outcome, follow, prepare, train
+from robustify.train import Outcome, follow, train
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ def _measure(
         model,
         data.test,
         e.attacks,
-        recipe.threat,
+        withstood(recipe.method, recipe.threat),
         n=e.n and min(e.n, len(data.test)),
         batch_size=e.batch_size,
         seed=e.seed,

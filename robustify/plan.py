@@ -19,7 +19,7 @@ from robustify.methods.base import replays
 from robustify.recipe import Recipe
 from robustify.sensitivity import UpsilonTracker
 from robustify.sources import Checkpoint
-from robustify.train import prepare, take_step
+from robustify.step import prepare, take_step
 
 
 def plan(recipe: Recipe, *, listener: Listener | None = None) -> dict[str, Any]:
@@ -54,8 +54,15 @@ def planned(recipe: Recipe, checkpoint: Checkpoint, data: Data) -> dict[str, Any
         "classifier": ", ".join(classifier) or None,
         "steps": f"{steps} per epoch, {steps * epochs} in {epochs} epochs of batch {recipe.train.batch_size}",
         # a backward pass to the input costs about 1.2 forward passes, one to the weights about 2.6 (docs/speed.md)
-        "passes per step": f"{recipe.method.passes(1.2, 2.6):.1f} forward passes of the batch",
+        "passes per step": f"{_passes(recipe, 1.2, 2.6):.1f} forward passes of the batch",
     }
+
+
+def _passes(recipe: Recipe, bins: float, bws: float) -> float:
+    """Cost of one step in forward passes. Adversarial weight perturbation takes the passes that train twice."""
+    method = recipe.method
+    training = method.passes(0, 1) - method.passes(0, 0)  # backward passes to the weights, each with its forward pass
+    return method.passes(bins, bws) + (training * (1 + bws) if recipe.train.awp else 0)
 
 
 def _time_one_step(recipe: Recipe, checkpoint: Checkpoint, data: Data, accelerator: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from robustify import shelf
 from robustify.attacks import AttackSpec
 from robustify.errors import UserError, nearest
-from robustify.methods import METHODS, AnyMethod
+from robustify.methods import METHODS, AnyMethod, withstood
 from robustify.methods.base import replays
 from robustify.settings import Settings
 from robustify.threat import ThreatModel
@@ -52,7 +52,8 @@ class DataSettings(Settings):
 class TrainSettings(Settings):
     """layers: last, full, or patterns on parameter names. batch_size: images per optimiser step, over all processes;
     accumulate splits it into that many passes. init: weights as loaded, with the classifier re-initialised, or with
-    init_noise * std(w) of Gaussian noise. probe_images: held-out images on which robust accuracy is watched every epoch,
+    init_noise * std(w) of Gaussian noise. awp: size of the adversarial weight perturbation (the paper's gamma, 0.005 to
+    0.01), which doubles the training passes. probe_images: held-out images on which robust accuracy is watched every epoch,
     the best epoch is kept and a fall of collapse_drop below it counts as collapse."""
 
     layers: str = "full"
@@ -66,6 +67,7 @@ class TrainSettings(Settings):
     schedule: Literal["cosine", "constant", "step", "cyclic"] = "cosine"
     warmup_epochs: int = Field(default=0, ge=0)
     clip_norm: float | None = Field(default=None, gt=0)
+    awp: float | None = Field(default=None, gt=0, le=0.1)
     ema: float | None = Field(default=None, gt=0, lt=1)
     batchnorm: Literal["train", "frozen"] = "train"
     init: Literal["loaded", "reinit", "noise"] = "loaded"
@@ -164,6 +166,11 @@ class Recipe(Settings):
             )
         if getattr(self.method, "noise", None) == "uniform-radius" and self.threat.norm != "L2":
             raise ValueError("noise uniform-radius is a reading of the L2 ball; in Linf take noise: uniform")
+        if name == "free-at" and t.awp is not None:
+            raise ValueError(
+                "awp finds the worst weights with a first backward pass, which would move free-at's perturbation too. "
+                "Take awp with pgd-at, trades, mart or fast-at"
+            )
         if replays(self.method) > 1 and t.accumulate > 1:
             raise ValueError(
                 f"method {name} replays whole batches, accumulate {t.accumulate} splits them: take accumulate 1 and "
@@ -172,11 +179,19 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _threat_is_withstood(self) -> Recipe:
+        if self.threat not in (union := withstood(self.method, self.threat)):
+            specs = ", ".join(threat.spec for threat in union)
+            raise ValueError(f"the threat {self.threat.spec} is none of method.threats [{specs}]: take {union[0].spec}")
+        return self
+
+    @model_validator(mode="after")
     def _attacks_fit_threat(self) -> Recipe:
         for text in self.eval.attacks:
             if text != "clean":
                 spec = AttackSpec.parse(text)
-                _as_value_error(spec.check, spec.under(self.threat))
+                for threat in withstood(self.method, self.threat):
+                    _as_value_error(spec.check, spec.under(threat))
         return self
 
     def to_dict(self) -> dict[str, Any]:

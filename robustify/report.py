@@ -174,6 +174,17 @@ class Report:
         n = min(row.n for row in rows)
         return np.logical_and.reduce([self.verdicts[row.key][:n] for row in rows])
 
+    def union(self) -> Headline | None:
+        """Return the worst case over several pointwise threats, per example: what withstands all of them; else None."""
+        held = {threat: self.held(threat) for threat in self.threats}
+        found = {threat: verdicts for threat, verdicts in held.items() if verdicts is not None}
+        if len(found) < 2:
+            return None
+        n = min(map(len, found.values()))
+        correct = int(np.logical_and.reduce([verdicts[:n] for verdicts in found.values()]).sum())
+        attacks = dict.fromkeys(name for threat in found for name in self.headline(threat).attacks)
+        return Headline(" and ".join(found), n, correct, tuple(attacks))
+
     def to_json(self) -> dict[str, Any]:
         """Return everything but what is per example as JSON values; derived figures are included for others."""
         rows = [_with_figures(row) for row in self.rows]
@@ -213,6 +224,7 @@ class Report:
         """Return the lines to show as text: attack, threat, accuracy, interval, n, seconds; worst cases come last."""
         lines = [_line(row.attack, row.threat, row, f"{row.seconds:.1f}") for row in self.rows]
         several = [h for h in map(self.headline, self.threats) if len(h.attacks) > 1]
+        several += [union] if (union := self.union()) else []
         return lines + [_line("worst case", h.threat, h, "") for h in several]
 
     def save(self, path: str | Path) -> None:

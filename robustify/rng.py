@@ -41,3 +41,7 @@ class Draws:
     def uniform_per_image(self, x: Tensor) -> Tensor:
         """U[0,1), one number per image of x, [N]."""
         return self._rows(torch.rand, x, (), x.dtype)
+
+    def pick(self, weights: Tensor) -> int:
+        """An index drawn with these weights, [K], one for the whole global batch."""
+        return int(torch.multinomial(weights.to(self.generator.device), 1, generator=self.generator))

@@ -159,6 +159,15 @@ def steepest(g: Tensor, norm: Norm) -> Tensor:
     return torch.zeros_like(flat).scatter_(1, top, flat.gather(1, top).sign()).view_as(g)
 
 
+def sparse_steepest(g: Tensor, share: float) -> Tensor:
+    """Return the direction of unit L1 norm that moves the largest `share` of the coordinates alike (Tramer and Boneh,
+    NeurIPS 2019, arXiv 1904.13000, section 4); at least one."""
+    flat = g.flatten(1)
+    count = max(1, round(share * flat.shape[1]))
+    top = flat.abs().topk(count, dim=1).indices
+    return torch.zeros_like(flat).scatter_(1, top, flat.gather(1, top).sign() / count).view_as(g)
+
+
 def project(d: Tensor, norm: Norm, radius: Radius) -> Tensor:
     """Return the Euclidean projection of each perturbation onto the ball of that radius; the inside stays as it is."""
     r = per_image(radius, d)

@@ -1,8 +1,7 @@
 """The training loop, one for all methods, readable from top to bottom.
 
-It owns the forwards, precision, accumulation, processes, the NaN check, the held-out probe and the checkpoints; a method
-only says what to attack with and what to minimise. Every random number is a function of (seed, step, place in the
-global batch), so a run that was killed continues bit for bit.
+It owns the order of the data, the NaN check, the held-out probe, the collapse and the checkpoints; one step is step.py. Every
+random number is a function of (seed, step, place in the global batch), so a run that was killed continues bit for bit.
 """
 
 from __future__ import annotations
@@ -12,19 +11,16 @@ import math
 import os
 import time
 from collections.abc import Generator, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustify import checkpoints, files
 from robustify.adversaries.budget import Budget
-from robustify.augment import augment
 from robustify.data import Data, Split, batches, subset
 from robustify.distributed import World
 from robustify.errors import UserError
@@ -32,20 +28,17 @@ from robustify.evaluation import evaluate, sample
 from robustify.events import Collapsed, EpochEnd, Event, Listener, Note, Progress, StepEnd
 from robustify.gradients import gradient_norms
 from robustify.importance import MIN_DRAWS, draw, logit_slopes
-from robustify.methods import Gaat
-from robustify.methods.base import Method, OwnStep, Passes, Penalised, State, replays
+from robustify.methods import withstood
+from robustify.methods.base import replays
 from robustify.methods.wasserstein import Wasserstein
-from robustify.modes import Nets, Shadow, borrowed
-from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
-from robustify.rng import Draws, mix
+from robustify.rng import mix
 from robustify.schedules import make_schedule
 from robustify.sensitivity import UpsilonTracker
-from robustify.threat import ThreatModel
+from robustify.step import Setup, set_train_mode, take_step
 
 # first words of the seeds, so that no two uses of randomness share a stream
-_ORDER, _STEP, _UPSILON = 11, 12, 13
-OPTIMIZERS = {"sgd": "momentum", "adamw": "adamw", "lamb": "lamb", "lars": "lars"}  # timm's "sgd" is Nesterov's
+_ORDER, _UPSILON = 11, 13
 
 
 @dataclass
@@ -67,24 +60,6 @@ class LoopState:
         self.__dict__.update(state)
 
 
-@dataclass
-class Setup:
-    """All that a training step needs. forward: what DDP and autocast wrap; model: the bare network, for the attack."""
-
-    model: PixelModel
-    forward: nn.Module
-    optimizer: Any
-    accelerator: Accelerator
-    world: World
-    method: Method | OwnStep
-    threat: ThreatModel
-    settings: TrainSettings
-    augmentation: str
-    tracker: State | None
-    shadow: Shadow | None
-    ema: Any | None
-
-
 @dataclass(frozen=True)
 class Outcome:
     """How the training went. best: held-out robust accuracy of the kept epoch; seconds: spent in the loop."""
@@ -95,142 +70,6 @@ class Outcome:
     best_epoch: int
     collapsed: bool
     seconds: float
-
-
-class _Forward(nn.Module):
-    """What accelerate may wrap and patch: the bare model under it stays as it is, for the attack in full precision."""
-
-    def __init__(self, model: PixelModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
-
-
-def prepare(
-    model: PixelModel,
-    method: Method | OwnStep,
-    threat: ThreatModel,
-    settings: TrainSettings,
-    accelerator: Accelerator,
-    augmentation: str,
-    images: int,
-) -> Setup:
-    """Build optimiser, shadow, average and Upsilon's state around a model whose requires_grad flags are set.
-
-    images: size of the training set. Raises UserError when the batch does not divide over the processes.
-    """
-    from timm.optim import create_optimizer_v2
-
-    world = World(accelerator)
-    parts = settings.accumulate * world.size
-    if settings.batch_size % parts:
-        raise UserError(
-            f"batch_size {settings.batch_size} is not divisible by {settings.accumulate} passes x {world.size} processes",
-            f"take --set train.batch_size={max(1, settings.batch_size // parts) * parts}",
-        )
-    third_derivatives = isinstance(method, Gaat) and method.second_derivatives and method.order == 2
-    if third_derivatives and settings.batchnorm == "train" and _normalised_by_batch(model):
-        raise UserError(
-            "gaat with gradient exact and order 2 needs third derivatives, which torch's batch norm has not while it trains",
-            "take --set method.gradient=hessian-free, --set method.order=1 or --set train.batchnorm=frozen",
-        )
-    model.to(accelerator.device)
-    reduced = settings.precision != "no"
-    if reduced:
-        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    optimizer = create_optimizer_v2(
-        model,
-        OPTIMIZERS[settings.optimizer],
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        momentum=settings.momentum,
-    )
-    forward, optimizer = accelerator.prepare(_Forward(model), optimizer)
-    tracker = method.tracker(threat, images)
-    if tracker is not None:
-        tracker.gather = world.gather
-    ema = None
-    if settings.ema is not None:
-        from timm.utils import ModelEmaV3
-
-        ema = ModelEmaV3(model, decay=settings.ema)
-    return Setup(
-        model,
-        forward,
-        optimizer,
-        accelerator,
-        world,
-        method,
-        threat,
-        settings,
-        augmentation,
-        tracker,
-        Shadow(model) if reduced else None,
-        ema,
-    )
-
-
-def set_train_mode(setup: Setup) -> None:
-    """Training mode, but for BatchNorm whose statistics are to stay: with only the last layer training they must."""
-    setup.model.train()
-    if setup.settings.batchnorm == "frozen" or setup.settings.layers == "last":
-        for module in _normalised_by_batch(setup.model):
-            module.eval()
-
-
-def _normalised_by_batch(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-
-
-def take_step(setup: Setup, micro_batches: Iterator[tuple[Tensor, Tensor]], step: int) -> tuple[dict[str, float], int]:
-    """One optimiser step from `accumulate` micro-batches. Returns (its losses, over all processes; images seen here).
-
-    The losses include `total`. Does not update when the total is not finite; the caller stops the run.
-    """
-    s, world, method = setup.settings, setup.world, setup.method
-    torch.manual_seed(mix(s.seed, _STEP, step, world.rank))  # dropout and its like
-    nets = Nets(setup.model, setup.shadow.model if setup.shadow else setup.model)
-    backward = lambda loss: setup.accelerator.backward(loss / s.accumulate)  # noqa: E731
-    sums: dict[str, Tensor] = {}
-    seen = 0
-    for k in range(s.accumulate):
-        x, y = next(micro_batches)
-        seen += len(x)
-        whole = s.batch_size // s.accumulate
-        draws = Draws(mix(s.seed, _STEP, step // replays(method), k), x.device, whole, world.rows(whole).start)
-        x = augment(x, setup.augmentation, draws)
-        with setup.accelerator.no_sync(setup.forward) if k + 1 < s.accumulate else nullcontext():
-            if isinstance(method, OwnStep):
-                passes = Passes(setup.forward, backward, nets, step)
-                total, parts = method.step(passes, x, y, setup.threat, draws, setup.tracker)
-            else:
-                with borrowed(setup.model):
-                    x_adv = method.perturb(nets, x, y, setup.threat, draws, setup.tracker)
-                logits = setup.forward(x) if method.needs_clean else None
-                logits_adv = setup.forward(x_adv)
-                total, parts = method.loss(logits, logits_adv, y)
-                if isinstance(method, Penalised):
-                    terms = method.penalty(setup.forward, x, y, setup.threat, draws)
-                    total, parts = sum(terms.values(), total), parts | terms
-                backward(total)
-        if setup.tracker:
-            setup.tracker.update()
-        for name, part in {"total": total, **parts}.items():
-            sums[name] = sums.get(name, 0.0) + part.detach().double() / s.accumulate
-    means = world.sum(torch.stack(list(sums.values()))) / world.size
-    losses = dict(zip(sums, means.tolist(), strict=True))
-    if math.isfinite(losses["total"]):
-        if s.clip_norm is not None:
-            setup.accelerator.clip_grad_norm_(setup.model.parameters(), s.clip_norm)
-        setup.optimizer.step()
-        setup.optimizer.zero_grad()
-        if setup.shadow:
-            setup.shadow.refresh()
-        if setup.ema:
-            setup.ema.update(setup.model)
-    return losses, seen
 
 
 def train(
@@ -386,8 +225,10 @@ def _probe(setup: Setup, probe: Split, batch_size: int) -> tuple[float, float, s
     """Held-out (clean accuracy, robust accuracy, which probe), in full precision; of the average where there is one."""
     model = setup.ema.module if setup.ema else setup.model
     attack = "w-pgd:steps=20" if setup.threat.distributional else "pgd:steps=10"
-    report = evaluate(model, probe, [attack], setup.threat, batch_size=batch_size, world=setup.world, split_name="val")
-    return report.rows[0].accuracy, report.rows[1].accuracy, f"{attack} {setup.threat.spec}"
+    threats = withstood(setup.method, setup.threat)
+    report = evaluate(model, probe, [attack], threats, batch_size=batch_size, world=setup.world, split_name="val")
+    worst = report.union() or report.rows[1]
+    return report.rows[0].accuracy, worst.accuracy, f"{attack} {' and '.join(threat.spec for threat in threats)}"
 
 
 def _save_best(setup: Setup, folder: Path) -> None:

@@ -17,8 +17,8 @@ FILES = {
 
 # a library, and the modules that may import it anywhere in their text
 KNOWS = {
-    "accelerate": {"distributed", "train", "evaluation", "pipeline", "checkpoints"},
-    "timm": {"sources", "registry", "data", "export", "train", "schedules", "nets"},
+    "accelerate": {"distributed", "step", "evaluation", "pipeline", "checkpoints"},
+    "timm": {"sources", "registry", "data", "export", "step", "schedules", "nets"},
     "robustbench": {"sources/robustbench"},
     "typer": {"cli", "console"},
     "rich": {"cli", "console"},
@@ -32,6 +32,7 @@ LAYERS = [
         "losses",
         "pixels",
         "modes",
+        "awp",
         "gradients",
         "files",
         "durations",
@@ -73,7 +74,7 @@ LAYERS = [
         "compare",
         "plots",
     },
-    {"train", "evaluation", "measure", "pointwise", "distributional", "recheck"},
+    {"step", "train", "evaluation", "measure", "pointwise", "distributional", "recheck"},
     {"inputs", "runs", "memory", "plan"},
     {"pipeline"},
     {"api", "console"},

@@ -91,6 +91,7 @@ def test_all_errors_at_once():
             ["method.gradient=exact"],
             "gradient: hessian-free",
         ),
+        ({"model.source": "a", "method.name": "free-at"}, ["train.awp=0.005"], "Take awp with"),
         ({"model.source": "a", "method.name": "free-at"}, ["train.accumulate=2"], "take accumulate 1 and batch_size 64"),
         ({"model.source": "a"}, ["eval.attacks=['pgd:steps=0']"], "positive"),
         ({"model.source": "a"}, ["eval.attacks=['pgd:loss=mse']"], "ce, dlr, redlr"),

@@ -199,3 +199,14 @@ def test_plain_values():
 def test_loads_without_torch_and_timm():
     code = "import sys, robustify.report; sys.exit(bool({'torch', 'timm'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_union_is_what_withstands_every_threat():
+    rows = [Row("clean", None, 4, 4, kind="clean"), Row("pgd", "Linf:8/255", 4, 3)]
+    verdicts = {"clean": np.ones(4, bool), "pgd Linf:8/255": np.array([1, 1, 1, 0], bool)}
+    assert Report("m", "d", "test", rows, verdicts).union() is None
+    rows.append(Row("pgd", "L1:12", 4, 3))
+    verdicts["pgd L1:12"] = np.array([0, 1, 1, 1], bool)
+    union = Report("m", "d", "test", rows, verdicts).union()
+    assert (union.threat, union.correct, union.n) == ("Linf:8/255 and L1:12", 2, 4)
+    assert Report("m", "d", "test", rows, verdicts).table()[-1]["threat"] == "Linf 8/255 and L1 12"

@@ -14,12 +14,13 @@ from robustify.distributed import make_accelerator
 from robustify.errors import UserError
 from robustify.evaluation import counted
 from robustify.events import Collapsed, EpochEnd, StepEnd
-from robustify.methods import FastAt, FreeAt, Gaat, Mart, PgdAt, Standard, Trades, Wasserstein
+from robustify.methods import FastAt, FreeAt, Gaat, Mart, MultiNorm, PgdAt, Standard, Trades, Wasserstein
 from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
 from robustify.sensitivity import UpsilonTracker
+from robustify.step import prepare, set_train_mode, take_step
 from robustify.threat import ThreatModel
-from robustify.train import follow, prepare, set_train_mode, take_step, train
+from robustify.train import follow, train
 
 
 def data(n=96):
@@ -50,6 +51,7 @@ def run(setup, folder, **more):
         (FastAt(grad_align=0.2), "Linf:8/255"),
         (FreeAt(replays=1), "Linf:8/255"),
         (Gaat(), "Linf:8/255"),
+        (MultiNorm(steps=2), "Linf:8/255"),
         (Gaat(gradient="exact"), "L2:0.5"),
         (Standard(), "Linf:8/255"),
     ],

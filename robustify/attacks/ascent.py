@@ -24,15 +24,17 @@ def ascend(
     radius: Radius,
     steps: int,
     step: Radius,
+    direction: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Climb `steps` times along the steepest direction, staying in the ball of `radius` around x and in [0,1].
 
-    gradient(x_adv, k) gives the k-th gradient; radius and step are floats or one number per image. Returns x_adv, [N, ...].
-    Spends exactly `steps` gradients.
+    gradient(x_adv, k) gives the k-th gradient, `direction` another one to take than its steepest; radius and step are floats or
+    one number per image. Returns x_adv, [N, ...]. Spends exactly `steps` gradients.
     """
+    direction = direction or (lambda g: steepest(g, norm))
     x_adv = start
     for k in range(steps):
-        x_adv = x_adv + per_image(step, x) * steepest(gradient(x_adv, k), norm)
+        x_adv = x_adv + per_image(step, x) * direction(gradient(x_adv, k))
         x_adv = (x + project(x_adv - x, norm, radius)).clamp(0, 1)
     return x_adv
 

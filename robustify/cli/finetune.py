@@ -132,6 +132,9 @@ def compare(before: Report, after: Report) -> list[dict[str, Any]]:
         new = after.headline(threat)
         if len(new.attacks) > 1:
             lines.append(_line("worst case", before.headline(threat), new, before.held(threat), after.held(threat)))
+    was, now = before.union(), after.union()
+    if was and now and was.threat == now.threat:
+        lines.append(_line("worst case", was, now, None, None))
     return lines
 
 

@@ -6,18 +6,28 @@ from typing import Annotated
 
 from pydantic import Field
 
+from robustify.methods.base import Method, OwnStep
 from robustify.methods.fast_at import FastAt
 from robustify.methods.free_at import FreeAt
 from robustify.methods.gaat import Gaat
 from robustify.methods.mart import Mart
+from robustify.methods.multi_norm import MultiNorm
 from robustify.methods.pgd_at import PgdAt
 from robustify.methods.standard import Standard
 from robustify.methods.trades import Trades
 from robustify.methods.wasserstein import Wasserstein
+from robustify.threat import ThreatModel
 
 AnyMethod = Annotated[
-    Wasserstein | Trades | Mart | PgdAt | FastAt | FreeAt | Gaat | Standard, Field(discriminator="name")
+    Wasserstein | Trades | Mart | PgdAt | FastAt | FreeAt | Gaat | MultiNorm | Standard,
+    Field(discriminator="name")
 ]
 METHODS = {
-    cls.model_fields["name"].default: cls for cls in (Wasserstein, Trades, Mart, PgdAt, FastAt, FreeAt, Gaat, Standard)
+    cls.model_fields["name"].default: cls
+    for cls in (Wasserstein, Trades, Mart, PgdAt, FastAt, FreeAt, Gaat, MultiNorm, Standard)
 }
+
+
+def withstood(method: Method | OwnStep, threat: ThreatModel) -> tuple[ThreatModel, ...]:
+    """The threats that a run's model is trained to withstand and measured under: the run's, and multi-norm's own."""
+    return method.threats if isinstance(method, MultiNorm) else (threat,)

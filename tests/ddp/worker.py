@@ -17,8 +17,9 @@ from robustify.evaluation import evaluate
 from robustify.methods import Wasserstein
 from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
+from robustify.step import prepare
 from robustify.threat import ThreatModel
-from robustify.train import follow, prepare, train
+from robustify.train import follow, train
 
 
 class Recorder(Wasserstein):
