@@ -50,9 +50,9 @@ def main() -> None:
     ]
     for name in (ROBUST, "resnet2b_adv2"):
         several.append(attacked(load.model(name), name, x, y, "Linf", np.arange(0, 9) / 255))
-    plots.worst_accuracy(given.out / "worst_accuracy_linf.png", several, "Linf")
+    plots.against_radius(given.out / "worst_accuracy_linf.png", {("Linf", 2.0): several})
     lines = all_kinds(load.model(ROBUST), x, y, l2[ROBUST], given.sigma, given.draws)
-    plots.worst_accuracy(given.out / "worst_accuracy_l2.png", lines, "L2")
+    plots.against_radius(given.out / "worst_accuracy_l2.png", {("L2", 2.0): lines})
     pictures(load, x, y, given.out / "gallery.png")
 
 

@@ -3,8 +3,8 @@
 With A the clean accuracy, V(delta) ~ V(0) + delta * Upsilon the worst expected loss and W(0) the mean loss over the
 misclassified images, the share R_delta = A_delta / A of the accuracy that is kept is estimated
 
-    from above  by the accuracy under an admissible attack, and
-    from below  by min{ W(0) - E_Q[J],  W(0) - V(0) - delta * Upsilon } / (W(0) - V(0)),   Q that attack's images.
+    R^u  from above  by the accuracy under an admissible attack, here W-FGSM, over A, and
+    R^l  from below  by min{ W(0) - E_Q[J],  W(0) - V(0) - delta * Upsilon } / (W(0) - V(0)),   Q that attack's images.
 
 Both hold to first order in delta: estimates, **not certificates**. The upper one is a true upper bound as well, as its
 attack is real; the lower one can be wrong on either side.
@@ -19,27 +19,32 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustify.attacks.w_pgd import w_fgsm
 from robustify.errors import UserError
 from robustify.gradients import input_gradient
 from robustify.losses import LOSSES
 from robustify.modes import borrowed
-from robustify.sensitivity import Sensitivity, conjugate, upsilon
-from robustify.threat import Norm, ThreatModel, dual_norms
+from robustify.sensitivity import Sensitivity, budgets, conjugate, upsilon
+from robustify.threat import Norm, dual_norms, per_image, steepest
 
 
 @dataclass(frozen=True)
 class Estimates:
-    """Estimated accuracies in [0,1], [K] each, at the radii `deltas`.
+    """Estimated accuracies in [0,1], [K] each, at the radii `deltas`: lower = A * R^l, upper = A * R^u.
 
-    upper: accuracy under the attack; lower: the first-order estimate, A * R^l. clean: A. sensitivity: Upsilon.
+    clean: A. losses: V(0) + delta * Upsilon, [K]. sensitivity: Upsilon.
     """
 
     deltas: np.ndarray
     lower: np.ndarray
     upper: np.ndarray
+    losses: np.ndarray
     clean: float
     sensitivity: Sensitivity
+
+    def kept(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (R^l, R^u), [K] each; 0 where no image is right."""
+        a = self.clean or 1.0
+        return self.lower / a, self.upper / a
 
 
 def accuracy_estimates(
@@ -51,43 +56,51 @@ def accuracy_estimates(
     norm: Norm,
     p: float = 2.0,
     loss: str = "redlr",
-    attack: Callable[..., Tensor] = w_fgsm,
+    population: int | None = None,
     batch_size: int = 256,
+    tell: Callable[[int, int], None] | None = None,
 ) -> Estimates:
     """Estimate the accuracy in the W_p balls of radii `deltas`, all positive.
 
-    x, y: the whole evaluation set. attack: w_fgsm, or w_pgd for a tighter upper estimate. Spends one forward and one
-    backward pass per image, and the attack at every radius. Raises UserError for a loss other than ReDLR when no image
-    is misclassified: W(0) is not defined then.
+    x, y: the whole evaluation set, or a sample of a set of `population` images. tell(done, total) in passes over them.
+    Spends one forward and one backward pass per image, and one forward pass per radius: W-FGSM's direction is the same
+    for all. Raises UserError for a loss other than ReDLR when no image is misclassified: W(0) is not defined then.
     """
-    losses, right, slopes = _first_order(model, x, y, norm, loss, batch_size)
+    tell = tell or (lambda done, total: None)
+    directions, slopes, losses, right = _first_order(model, x, y, norm, loss, batch_size)
+    tell(1, 1 + len(deltas))
     if loss != "redlr" and bool(right.all()):
         raise UserError(f"no image is misclassified, so the {loss} of such images is unknown", "take the loss redlr")
     of_wrong = 0.0 if loss == "redlr" else float(losses[~right].mean())  # W(0)
     clean, now = float(right.double().mean()), float(losses.mean())
-    sensitivity = upsilon(slopes, conjugate(p))
+    q = conjugate(p)
+    sensitivity = upsilon(slopes, q, population)
+    scale = sensitivity.value ** (1 - q) if sensitivity.value > 0 else 0.0
     gap = of_wrong - now
     lower, upper = [], []
-    for delta in deltas:
-        x_adv = attack(model, x, y, threat=ThreatModel(norm, float(delta), p), loss=loss, batch_size=batch_size)
-        attacked, held = _forward(model, x_adv, y, loss, batch_size)
+    for number, delta in enumerate(deltas, start=2):
+        lengths = budgets(slopes, scale, q - 1, float(delta), p).to(x.dtype)
+        moved = (x + per_image(lengths, x) * directions).clamp(0, 1)
+        attacked, held = _forward(model, moved, y, loss, batch_size)
         kept = min(of_wrong - float(attacked.mean()), gap - float(delta) * sensitivity.value) / gap if gap > 0 else 0.0
         lower.append(clean * min(1.0, max(0.0, kept)))
-        upper.append(float(held.double().mean()))
-    return Estimates(np.asarray(deltas, np.float64), np.array(lower), np.array(upper), clean, sensitivity)
+        upper.append(float((held & right).double().mean()))
+        tell(number, 1 + len(deltas))
+    at = np.asarray(deltas, np.float64)
+    return Estimates(at, np.array(lower), np.array(upper), now + at * sensitivity.value, clean, sensitivity)
 
 
 def _first_order(
     model: nn.Module, x: Tensor, y: Tensor, norm: Norm, loss: str, batch_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, whether it is classified correctly, dual gradient norm) of each image, [N]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(steepest direction [N, ...], dual gradient norm [N], loss [N], whether it is classified correctly [N])."""
     parts = []
     with borrowed(model):
         for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True):
             g, logits, losses = input_gradient(model, a, lambda logits, b=b: LOSSES[loss](logits, b))
-            parts.append((losses.double(), logits.argmax(1) == b, dual_norms(g, norm).double()))
-    losses, right, slopes = (torch.cat(part) for part in zip(*parts, strict=True))
-    return losses, right, slopes
+            parts.append((steepest(g, norm), dual_norms(g, norm).double(), losses.double(), logits.argmax(1) == b))
+    directions, slopes, losses, right = (torch.cat(part) for part in zip(*parts, strict=True))
+    return directions, slopes, losses, right
 
 
 @torch.no_grad()

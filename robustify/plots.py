@@ -24,15 +24,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Kind = Literal["certificate", "knapsack", "w-pgd", "first-order upper", "first-order lower"]
+Kind = Literal[
+    "worst case", "nearest flips", "knapsack", "w-pgd", "w-fgsm", "certificate", "first-order upper", "first-order lower"
+]
+Panel = tuple[Norm, float | None]  # the norm and the Wasserstein order, None for the pointwise threat
 # colours that colour-blind readers tell apart (Okabe and Ito 2008)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES: dict[Kind, tuple[Any, str]] = {
-    "w-pgd": ("--", "W-PGD (attack)"),
-    "knapsack": ("-", "knapsack (attack)"),
-    "certificate": ((0, (6, 2, 1, 2)), "certified, of the smoothed classifier"),
-    "first-order upper": (":", "first-order upper estimate"),
-    "first-order lower": ((0, (4, 1, 1, 1, 1, 1)), "first-order lower estimate"),
+STYLES: dict[Kind, tuple[Any, str, str]] = {  # line, marker, words
+    # attacks at one radius say nothing about another: no line joins them
+    "worst case": ("", "o", "worst case of the attacks, 95 % interval"),
+    "nearest flips": ("-", "", "nearest flips found (attack)"),
+    "w-fgsm": ("", "v", "W-FGSM (attack)"),
+    "w-pgd": ("", "s", "W-PGD (attack)"),
+    "knapsack": ("-", "", "knapsack (attack)"),
+    "certificate": ((0, (6, 2, 1, 2)), "", "certified, of the smoothed classifier"),
+    "first-order upper": (":", ".", "first-order upper estimate"),
+    "first-order lower": ((0, (4, 1, 1, 1, 1, 1)), ".", "first-order lower estimate"),
 }
 _LOOK = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
@@ -52,12 +59,16 @@ _DPI = 150
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: accuracies in [0,1] at the radii deltas, of one model, by one kind of computation."""
+    """One curve: accuracies in [0,1] at the radii deltas, of one model, by one kind of computation.
+
+    intervals: (low, high) of each accuracy, where there are any.
+    """
 
     model: str
     kind: Kind
     deltas: Sequence[float] | np.ndarray
     accuracies: Sequence[float] | np.ndarray
+    intervals: Sequence[tuple[float, float]] = ()
 
 
 def robust_accuracy(path: str | Path, distances: Mapping[str, np.ndarray], norm: Norm, largest: float) -> None:
@@ -80,28 +91,41 @@ def robust_accuracy(path: str | Path, distances: Mapping[str, np.ndarray], norm:
         axes.legend()
 
 
-def worst_accuracy(path: str | Path, lines: Sequence[Line], norm: Norm, p: float = 2.0) -> None:
-    """Draw worst-case accuracy in the W_p ball against its radius delta: any models and kinds on one plot.
+def against_radius(path: str | Path, panels: Mapping[Panel, Sequence[Line]]) -> None:
+    """Draw accuracy against the radius of the threat, one panel a norm and order: any models and kinds on one plot.
 
     Attacks bound the true curve from above, certificates (of the smoothed classifier) from below; first-order lines are
     estimates and may lie on either side.
     """
-    models, kinds = dict.fromkeys(line.model for line in lines), {line.kind for line in lines}
+    everything = [line for lines in panels.values() for line in lines]
+    models, kinds = dict.fromkeys(line.model for line in everything), {line.kind for line in everything}
     colours = dict(zip(models, _colours(models), strict=True))
-    with _figure(path, (7.6, 4.6)) as figure:
-        axes = figure.subplots()
-        for line in lines:
-            style = STYLES[line.kind][0]
-            wide = 2.0 if line.kind in ("knapsack", "certificate") else 1.4
-            x, y = _units(np.asarray(line.deltas), norm), 100 * np.asarray(line.accuracies)
-            axes.plot(x, y, color=colours[line.model], linestyle=style, linewidth=wide)
-        largest = max(float(np.max(line.deltas)) for line in lines)
-        _accuracy_axes(axes, norm, largest, f"radius δ of the W{p:g} ball")
-        axes.set_title("Worst accuracy against a distributional adversary", loc="left", fontsize=11)
-        handles = [axes.plot([], [], color=colours[name], label=name)[0] for name in models]
+    with _figure(path, (3.2 + 4.4 * len(panels), 4.6)) as figure:
+        row = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, ((norm, p), lines) in zip(row, panels.items(), strict=True):
+            for line in lines:
+                _draw(axes, line, norm, colours[line.model])
+            largest = max(float(np.max(line.deltas)) for line in lines)
+            what = "radius ε of every image" if p is None else f"radius δ of the W{p:g} ball"
+            _accuracy_axes(axes, norm, largest, what)
+            adversary = "every image moves by ε" if p is None else "a distributional adversary"
+            axes.set_title(f"Worst accuracy, {adversary}", loc="left", fontsize=11)
+        handles = [row[0].plot([], [], color=colours[name], label=name)[0] for name in models]
         shown = [(kind, *STYLES[kind]) for kind in STYLES if kind in kinds]
-        handles += [axes.plot([], [], color="#555555", linestyle=style, label=text)[0] for _, style, text in shown]
+        for _, style, marker, words in shown:
+            look = {"linestyle": style, "marker": marker, "markersize": 4.5}
+            handles += [row[0].plot([], [], color="#555555", label=words, **look)[0]]
         figure.legend(handles=handles, loc="outside right upper")
+
+
+def _draw(axes: Axes, line: Line, norm: Norm, colour: str) -> None:
+    style, marker, _ = STYLES[line.kind]
+    wide = 2.0 if line.kind in ("knapsack", "nearest flips", "certificate") else 1.4
+    x, y = _units(np.asarray(line.deltas), norm), 100 * np.asarray(line.accuracies)
+    axes.plot(x, y, color=colour, linestyle=style, linewidth=wide, marker=marker, markersize=4.5)
+    if line.intervals:
+        low, high = 100 * np.asarray(line.intervals).T
+        axes.errorbar(x, y, np.maximum(0, [y - low, high - y]), fmt="none", ecolor=colour, elinewidth=1, capsize=3)
 
 
 def flip_histogram(path: str | Path, distances: Mapping[str, np.ndarray], norm: Norm, bins: int = 40) -> None:
@@ -193,18 +217,25 @@ def before_after(path: str | Path, before: Report, after: Report, names: tuple[s
         axes.set_title(title, loc="left", fontsize=10)
 
 
+def check(path: str | Path) -> None:
+    """Raise UserError unless a picture can be drawn into `path`: before anything is spent on what it shall show."""
+    path = Path(path)
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise UserError(f"a picture is a .png or a .svg, not {path.name}", f"name it {path.with_suffix('.png').name}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError("pictures need matplotlib", "pip install 'robustify[plots]'") from None
+
+
 @contextmanager
 def _figure(path: str | Path, size: tuple[float, float]) -> Iterator[Figure]:
     """A figure that is saved to `path` when the block ends well."""
-    path = Path(path)
-    kind = path.suffix[1:].lower()
-    if kind not in ("png", "svg"):
-        raise UserError(f"a picture is a .png or a .svg, not {path.name}", f"name it {path.with_suffix('.png').name}")
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("pictures need matplotlib", "pip install 'robustify[plots]'") from None
+    check(path)
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    kind = Path(path).suffix[1:].lower()
     with rc_context(_LOOK):  # pyright: ignore[reportArgumentType]
         figure = Figure(size, dpi=_DPI, layout="constrained")
         yield figure

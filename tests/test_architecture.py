@@ -73,6 +73,7 @@ LAYERS = [
         "sanity",
         "compare",
         "plots",
+        "curves",
     },
     {"step", "train", "evaluation", "measure", "pointwise", "distributional", "recheck"},
     {"inputs", "runs", "memory", "plan"},

@@ -7,12 +7,14 @@ import pytest
 import torch
 from helpers import Linear
 
-from robustify.attacks import w_pgd
+from robustify.attacks import w_fgsm
 from robustify.bounds import accuracy_estimates
 from robustify.errors import UserError
 from robustify.flips import flip_distances
 from robustify.knapsack import worst_curve
 from robustify.losses import redlr
+from robustify.measure import counted
+from robustify.threat import ThreatModel
 
 
 def data(linear: Linear, interior) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,11 +38,29 @@ def test_the_estimates_fall_and_enclose_the_knapsack_at_small_radii(linear, inte
     x, y = data(linear, interior)
     deltas = np.linspace(0.001, 0.02, 5)
     distances = flip_distances(linear, x, y, norm="L2", targets=2).distances.numpy()
-    for attack in (w_pgd,):
-        found = accuracy_estimates(linear, x, y, deltas.tolist(), norm="L2", attack=attack)
-        assert (np.diff(found.lower) <= 0).all()
-        assert (found.upper >= worst_curve(distances, deltas, 2) - 1e-12).all()
-        assert ((found.lower >= 0) & (found.lower <= found.clean)).all()
+    found = accuracy_estimates(linear, x, y, deltas.tolist(), norm="L2")
+    assert (np.diff(found.lower) <= 0).all()
+    assert (found.upper >= worst_curve(distances, deltas, 2) - 1e-12).all()
+    assert ((found.lower >= 0) & (found.lower <= found.clean)).all()
+
+
+@pytest.mark.parametrize("p", [2.0, 4.0, float("inf")])
+def test_the_upper_estimate_is_w_fgsm_at_one_forward_pass_a_radius(linear, interior, p):
+    x, y = data(linear, interior)
+    deltas = [0.01, 0.05, 0.1]
+    with counted(linear) as passes:
+        found = accuracy_estimates(linear, x, y, deltas, norm="Linf", p=p, population=80)
+    assert (passes.forward, passes.backward) == (4 * len(x), len(x))
+    right = linear(x).argmax(1) == y
+    for delta, upper in zip(deltas, found.upper, strict=True):
+        held = linear(w_fgsm(linear, x, y, threat=ThreatModel("Linf", delta, p))).argmax(1) == y
+        assert upper == float((held & right).double().mean())
+    below, above = found.kept()
+    assert above == pytest.approx(found.upper / 0.8)
+    assert below == pytest.approx(found.lower / 0.8)
+    assert np.diff(found.losses) == pytest.approx(np.diff(deltas) * found.sensitivity.value)
+    whole = accuracy_estimates(linear, x, y, deltas, norm="Linf", p=p, population=40)
+    assert found.sensitivity.se > whole.sensitivity.se == 0
 
 
 def test_cross_entropy_needs_a_misclassified_image(linear, interior):

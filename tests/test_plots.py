@@ -7,9 +7,10 @@ import builtins
 import numpy as np
 import pytest
 
+from robustify.curves import panels
 from robustify.errors import UserError
 from robustify.knapsack import worst_curve
-from robustify.plots import Line, before_after, flip_histogram, gallery, robust_accuracy, worst_accuracy
+from robustify.plots import Line, against_radius, before_after, flip_histogram, gallery, robust_accuracy
 from robustify.report import Report, Row
 
 pytest.importorskip("matplotlib")
@@ -38,7 +39,8 @@ def draw(name: str, path) -> None:
                 Line("net a", "first-order upper", deltas, np.linspace(0.9, 0.5, 9)),
                 Line("net a", "first-order lower", deltas, np.linspace(0.9, 0.0, 9)),
             ]
-            worst_accuracy(path, lines, "Linf")
+            points = [Line("net b", "worst case", [0, 0.5], [0.9, 0.2], [(0.8, 0.95), (0.1, 0.35)])]
+            against_radius(path, {("Linf", 2.0): lines, ("L2", None): points})
         case "histogram":
             flip_histogram(path, DISTANCES, "L2")
         case "gallery":
@@ -85,6 +87,36 @@ def test_other_formats_and_a_missing_library_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"robustify\[plots\]"):
         draw("bars", tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_reports_become_curves():
+    rows = [
+        Row("clean", None, 83, 80, kind="clean"),
+        Row("pgd", "Linf:8/255", 83, 10),
+        Row("pgd", "Linf:2/255", 83, 60),
+        Row("w-pgd", "W2-Linf:2/255", 83, 50, kind="distributional"),
+        Row("knapsack", "W2-Linf:2/255", 83, 33.25, kind="distributional"),
+        Row("w-pgd", "W2-L2:0.5", 83, 50, kind="distributional"),
+    ]
+    a = Report("a", "d", "t", rows, distances={"knapsack W2-Linf:2/255": DISTANCES["net a"]})
+    b = Report("b", "d", "t", rows[:2])
+    found = panels([a, b])
+    assert list(found) == [("Linf", None), ("Linf", 2.0), ("L2", 2.0)]
+    points, flips, other = found["Linf", None]
+    assert (points.model, points.kind, flips.kind, other.model) == (
+        "a (n = 83)", "worst case", "nearest flips", "b (n = 83)",
+    )  # fmt: skip
+    assert list(points.deltas) == [0, 2 / 255, 8 / 255]
+    assert list(points.accuracies) == [row.accuracy for row in (rows[0], rows[2], rows[1])]
+    assert points.intervals[0] == rows[0].interval
+    assert flips.accuracies[0] == np.mean(DISTANCES["net a"] > 0)
+    assert max(flips.deltas) == pytest.approx(10 / 255)
+    w_pgd, knapsack = found["Linf", 2.0]
+    assert (w_pgd.kind, list(w_pgd.deltas)) == ("w-pgd", [2 / 255])
+    assert knapsack.accuracies == pytest.approx(worst_curve(DISTANCES["net a"], knapsack.deltas, 2))
+    assert [line.kind for line in found["L2", 2.0]] == ["w-pgd"]
+    with pytest.raises(UserError, match="no attack to draw"):
+        panels([Report("b", "d", "t", rows[:1])])
 
 
 def test_reports_without_a_common_row_are_refused(tmp_path):

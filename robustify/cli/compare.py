@@ -24,9 +24,10 @@ def run(
             metavar="REPORT...", help="report.json files or runs' folders; one run alone: before and after."
         ),
     ],
-    output: Annotated[
-        Path | None, Option("-o", "--output", metavar="FIGURE", help="Draw two reports into a .png or .svg.")
+    figure: Annotated[
+        Path | None, Option(metavar="FILE", help="Draw all models' accuracy against the radius into a .png or .svg.")
     ] = None,
+    bars: Annotated[Path | None, Option(metavar="FILE", help="Draw every row of two reports side by side.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Compare reports of the same images: paired differences with 95 % intervals.
@@ -36,18 +37,21 @@ def run(
 
     \b
     robustify compare runs/digits-wasserstein
-    robustify compare digits.json runs/digits-wasserstein -o gain.png
+    robustify compare digits.json runs/digits-wasserstein --figure gain.png
     """
     with console.status("loading torch"):
+        from robustify import curves, plots
         from robustify.compare import compare
-        from robustify.plots import before_after
     reports = read(paths)
     comparisons = compare(reports)
-    if output and len(reports) != 2:
-        raise UserError(f"a figure shows two reports, not {len(reports)}", "leave out -o, or compare two at a time")
-    if output and console.is_main():
-        before_after(output, reports[0], reports[1], (reports[0].model_id, reports[1].model_id))
-        console.note(f"figure: {output}")
+    if bars and len(reports) != 2:
+        raise UserError(f"bars show two reports, not {len(reports)}", "take --figure, or compare two at a time")
+    if figure and console.is_main():
+        plots.against_radius(figure, curves.panels(reports))
+        console.note(f"figure: {figure}")
+    if bars and console.is_main():
+        plots.before_after(bars, reports[0], reports[1], (reports[0].model_id, reports[1].model_id))
+        console.note(f"bars: {bars}")
     if as_json:
         console.result_json([comparison.to_json() for comparison in comparisons])
         return

@@ -44,6 +44,9 @@ def run(
         Path | None,
         Option("--recheck", metavar="REPORT", help="Classify the images kept beside this report again; 1 on a change."),
     ] = None,
+    figure: Annotated[
+        Path | None, Option(metavar="FILE", help="Draw accuracy against the radius into a .png or .svg.")
+    ] = None,
     fast_search: Annotated[
         bool, Option("--fast-search", help="Pointwise attacks search in bfloat16; verdicts stay in full precision.")
     ] = False,
@@ -67,10 +70,12 @@ def run(
         _recheck(source, recheck, data, split, models_dir, allow_pickle, seed, as_json)
         return
     with console.status("loading torch"):
-        from robustify import api, pieces
+        from robustify import api, curves, pieces, plots
         from robustify.distributed import World, launched, make_accelerator, relaunch
         from robustify.report import Report
         from robustify.threat import ThreatModel
+    if figure:
+        plots.check(figure)
     against = [ThreatModel.parse(threat) for threat in threats or ()]
     arguments = options.typed(context)
     if processes > 1 and not launched():
@@ -118,6 +123,9 @@ def run(
         if not keep and kept(output).is_dir():
             pieces.finish(kept(output))  # of the report that was there before
         console.note(f"report: {output}")
+    if figure and world.is_main:
+        plots.against_radius(figure, curves.panels([report]))
+        console.note(f"figure: {figure}")
     if as_json:
         console.result_json(report.to_json())
     else:

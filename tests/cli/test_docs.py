@@ -87,4 +87,5 @@ def test_the_page_about_measuring_runs(robustify, finished, tmp_path):
     (python,) = blocks(page, "python")
     exec(python.replace("n=200", "n=12"), {})
     written = {"digits.json", "digits.npz", "digits.adversarials", "hardened.json", "gain.png", "python.json"}
+    written |= {"curve.png", "estimates.png"}
     assert written <= {path.name for path in tmp_path.iterdir()}

@@ -77,6 +77,38 @@ def test_sensitivity_of_all_losses(robustify, finished):
     assert robustify("sensitivity", folder, "--loss", "hinge").code == 2
 
 
+def test_estimates_at_several_radii_and_what_attacks_achieve(robustify, finished, tmp_path):
+    folder, _ = finished
+    threats = ["--threat", "W2-Linf:0.01", "--threat", "W2-Linf:0.03"]
+    attacks = ["--attack", "w-pgd:steps=5", "--attack", "knapsack:steps=5,targets=1,restarts=1"]
+    ran = robustify("evaluate", folder, *attacks, *threats, "--n", "60", "-o", "r.json", "--figure", "r.svg")
+    assert ran.code == 0, ran.err
+    arguments = ["sensitivity", folder, "--threat", "W2-Linf:0.01", "--n", "60", "--deltas", "0.01,0.03"]
+    ran = robustify(*arguments, "--report", "r.json", "--figure", "e.png", "--json")
+    assert ran.code == 0, ran.err
+    (line,) = json.loads(ran.out)["losses"]
+    assert (line["loss"], line["passes_per_image"]) == ("redlr", {"forward": 3, "backward": 1})
+    one, two = line["estimates"]
+    assert two["accuracy_lower"] <= one["accuracy_lower"] <= one["accuracy_upper"]
+    assert two["expected_loss"] - one["expected_loss"] == pytest.approx(0.02 * line["upsilon"])
+    assert {"r.svg", "e.png"} <= {path.name for path in tmp_path.iterdir()}
+    ran = robustify(*arguments, "--n", "all")
+    assert "R^l, estimate" in ran.out
+    assert "the standard error is 0 because all" in ran.err
+    for more, said in (
+        (["--report", "r.json"], "--report is for a figure"),
+        (["--deltas", "2/225x"], "cannot read the number '2/225x'"),
+        (["--figure", "e.pdf"], "a picture is a .png"),
+        (["--threat", "W2-L2:0.5", "--figure", "f.png", "--report", "r.json"], "no attack in L2, order 2"),
+    ):
+        ran = robustify(*arguments, *more)
+        assert (ran.code, ran.out) == (2, ""), ran.err
+        assert said in ran.err
+    ran = robustify("sensitivity", "digits", *arguments[2:], "--report", "r.json", "--figure", "f.png")
+    assert ran.code == 2
+    assert "the report of another model, run" in ran.err
+
+
 def test_export_copies_the_model_and_its_card(robustify, finished, tmp_path):
     folder, _ = finished
     ran = robustify("export", folder, "copy")
@@ -203,10 +235,11 @@ def test_compare_before_and_after(robustify, finished, tmp_path):
     assert header == ["model", "attack", "threat", "before", "after", "difference", "interval", "p"]
     assert [line[1] for line in lines] == ["clean", "fgsm", "pgd", "w-pgd", "worst case"]
     assert "n = 64" in ran.err
-    ran = robustify("compare", folder, "-o", "gain.png", "--json")
+    ran = robustify("compare", folder, "--bars", "bars.png", "--figure", "curves.svg", "--json")
     assert ran.code == 0, ran.err
     assert json.loads(ran.out)[0]["n"] == 64
-    assert (tmp_path / "gain.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "curves.svg").read_bytes().startswith(b"<?xml")
 
 
 def test_compare_several_reports(robustify, finished, tmp_path):
@@ -219,8 +252,8 @@ def test_compare_several_reports(robustify, finished, tmp_path):
     assert {line["difference"] for one in found for line in one["differences"]} == {0}
     for arguments, said in (
         (["a", "nowhere.json"], "no report nowhere.json"),
-        (["a", "b", "a", "-o", "x.png"], "a figure shows two reports, not 3"),
-        (["a", "b", "-o", "x.pdf"], "a picture is a .png or a .svg"),
+        (["a", "b", "a", "--bars", "x.png"], "bars show two reports, not 3"),
+        (["a", "b", "--figure", "x.pdf"], "a picture is a .png or a .svg"),
         (["a", "a/recipe.yaml"], "cannot read the report"),
     ):
         ran = robustify("compare", *arguments)
