@@ -6,17 +6,21 @@
     NAME, timm:NAME              a model of timm, such as resnet18.a1_in1k
     hf-hub:OWNER/NAME            a folder of the Hugging Face hub in timm's layout
 
+Behind each may stand how to load it: NAME:size=64,mean=[0.5,0.5,0.5], see options.py.
+
 Importing this imports none of timm, robustbench and torchvision; loading does.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from robustify.errors import UserError, nearest
+from robustify.pixels import PixelModel
 from robustify.sources import local, published, robustbench, timm
 from robustify.sources.checkpoint import Checkpoint
+from robustify.sources.options import Options, split
 
 __all__ = ["SOURCES", "Checkpoint", "ModelInfo", "load", "names"]
 
@@ -62,37 +66,46 @@ def load(
     pretrained:      False for random weights; no weight file is needed then.
     allow_pickle:    run the code that a weight file may hold.
     """
-    build = _resolve(source.strip(), dataset, threat, models_dir)
-    return build(num_classes=num_classes, pretrained=pretrained, allow_pickle=allow_pickle)
+    name, told = split(source)
+    options = Options(num_classes=num_classes, pretrained=pretrained, allow_pickle=allow_pickle, **told)
+    checkpoint = _resolve(name, dataset, threat, models_dir)(options)
+    if options.mean is None and options.std is None:
+        return checkpoint
+    there, channels = checkpoint.model, checkpoint.input_size[0]
+    mean, std = options.mean or there.mean.flatten().tolist(), options.std or there.std.flatten().tolist()
+    if {len(mean), len(std)} - {1, channels}:
+        message = f"the images have {channels} channels, mean {len(mean)} numbers, std {len(std)}"
+        raise UserError(message, "one number a channel, or one for all")
+    return replace(checkpoint, model=PixelModel(there.net, mean, std).eval())
 
 
 def _resolve(
     source: str, dataset: str | None, threat: str | None, models_dir: Path | None
-) -> Callable[..., Checkpoint]:
+) -> Callable[[Options], Checkpoint]:
     """Return the function that loads what `source` names. Raises UserError."""
     prefix, colon, name = source.partition(":")
     if colon and prefix in SOURCES:
         if not name:
             raise UserError(f"{source} names no model", f"{prefix}: takes {SOURCES[prefix]}")
         if prefix == "local-dir":
-            return lambda **options: local.load(Path(name), **options)
+            return lambda options: local.load(Path(name), options)
         if prefix == "timm":
-            return lambda **options: timm.load(name, **options)
+            return lambda options: timm.load(name, options)
         if prefix == "hf-hub":
-            return lambda **options: timm.load_hub(name, **options)
+            return lambda options: timm.load_hub(name, options)
         row = _robustbench(name, dataset, threat)
-        return lambda **options: robustbench.load(row, models_dir=models_dir, **options)
+        return lambda options: robustbench.load(row, options, models_dir)
     if local.is_model(Path(source).expanduser()):
-        return lambda **options: local.load(Path(source), **options)
+        return lambda options: local.load(Path(source), options)
     if source == DIGITS:
-        return lambda **options: local.load(_digits(), base_id=DIGITS, **options)
+        return lambda options: local.load(_digits(), options, base_id=DIGITS)
     found = published.find(source, dataset, threat, published.rows())
     if found is None and timm.exists(source.removeprefix("timm/")):
-        return lambda **options: timm.load(source, **options)
+        return lambda options: timm.load(source, options)
     if found is None and (colon or "/" in source or Path(source).exists()):
         raise _no_folder(source)
     row = found or _robustbench(source, dataset, threat, timm.names())
-    return lambda **options: robustbench.load(row, models_dir=models_dir, **options)
+    return lambda options: robustbench.load(row, options, models_dir)
 
 
 def _robustbench(

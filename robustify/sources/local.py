@@ -12,6 +12,7 @@ from robustify.errors import UserError, nearest
 from robustify.pixels import PixelModel
 from robustify.sources import weights
 from robustify.sources.checkpoint import Checkpoint
+from robustify.sources.options import AS_IT_IS, Options
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
@@ -21,11 +22,8 @@ def is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() or (folder / "model" / "config.json").is_file()
 
 
-def load(
-    folder: Path, *, num_classes: int | None = None, pretrained: bool = True, allow_pickle: bool = False,
-    base_id: str | None = None,
-) -> Checkpoint:
-    """Return the model of a folder. `num_classes` other than its own puts a new classifier in. Raises UserError.
+def load(folder: Path, options: Options = AS_IT_IS, *, base_id: str | None = None) -> Checkpoint:
+    """Return the model of a folder. Raises UserError.
 
     base_id: the name to keep; without it the folder's `robustness.base_model`, or the folder's name.
     """
@@ -35,24 +33,25 @@ def load(
     config = _config(folder / "config.json")
     cfg = config.get("pretrained_cfg", config)  # old folders have one level only
     own = config.get("num_classes", cfg.get("num_classes"))
-    args = dict(config.get("model_args") or {})
+    args = {**(config.get("model_args") or {}), **options.args}
     if not isinstance(own, int) or own < 1:
         message = f"{folder / 'config.json'} does not say how many classes the model has"
         raise UserError(message, 'add "num_classes": 10')
-    net = _build(config["architecture"], cfg, folder, own, args)
+    net = _build(config["architecture"], cfg, folder, own, args, options)
     described = vars(net)["default_cfg"]
-    if pretrained:
+    if options.pretrained:
         path = _weight_file(folder)
-        weights.fill(net, weights.named_for(net, weights.read(path, allow_pickle)), path, config["architecture"])
-    replaced = num_classes not in (None, own)
-    if num_classes is not None and replaced:
-        _reset(net, num_classes, config["architecture"])
+        state = weights.named_for(net, weights.read(path, options.allow_pickle))
+        weights.fill(net, state, path, config["architecture"])
+    replaced = options.num_classes not in (None, own)
+    if options.num_classes is not None and replaced:
+        _reset(net, options.num_classes, config["architecture"])
     robustness = config.get("robustness") or {}
     return Checkpoint(
         model=PixelModel(net, described["mean"], described["std"]).eval(), arch=config["architecture"], arch_args=args,
-        num_classes=num_classes or own, input_size=tuple(described["input_size"]),
+        num_classes=options.num_classes or own, input_size=tuple(described["input_size"]),
         base_id=base_id or _called(folder), license=cfg.get("license"),
-        dataset=robustness.get("dataset"), threat=robustness.get("threat"), pretrained=pretrained and not replaced,
+        dataset=robustness.get("dataset"), threat=robustness.get("threat"), pretrained=options.pretrained and not replaced,
     )
 
 
@@ -80,7 +79,9 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _build(arch: str, cfg: dict[str, Any], folder: Path, num_classes: int, args: dict[str, Any]) -> nn.Module:
+def _build(
+    arch: str, cfg: dict[str, Any], folder: Path, num_classes: int, args: dict[str, Any], options: Options
+) -> nn.Module:
     """Return the network that config.json describes, with random weights. Raises UserError.
 
     Its `default_cfg` is what `cfg` says, and timm's description of the architecture where that says nothing.
@@ -107,6 +108,7 @@ def _build(arch: str, cfg: dict[str, Any], folder: Path, num_classes: int, args:
     usual = get_pretrained_cfg(arch) or PretrainedCfg()
     said = {name: value for name, value in cfg.items() if name in known and value is not None}
     both = usual.to_dict(remove_source=True) | said | {"num_classes": num_classes}
+    both["input_size"] = options.input_size(tuple(both["input_size"]))
     try:
         return timm.create_model(arch, num_classes=num_classes, pretrained_cfg=both, **args)
     except (TypeError, ValueError, AssertionError) as error:

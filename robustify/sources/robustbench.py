@@ -25,6 +25,7 @@ from robustify.errors import UserError
 from robustify.pixels import PixelModel
 from robustify.sources import published, weights
 from robustify.sources.checkpoint import Checkpoint
+from robustify.sources.options import Options
 from robustify.sources.published import CLASSES, Row, arch_name, input_size, key
 
 # RobustBench builds these by downloading torchvision's weights; this entry has the same network without them
@@ -164,29 +165,24 @@ def _move_with_weights(net: nn.Module) -> None:
 
 # --------------------------------------------------------------------------------------------------- weight files
 
-def load(
-    row: Row, *, num_classes: int | None = None, models_dir: Path | None = None, pretrained: bool = True,
-    allow_pickle: bool = False,
-) -> Checkpoint:
+def load(row: Row, options: Options, models_dir: Path | None = None) -> Checkpoint:
     """Return the row's model. Its weights come from `models_dir`, or are fetched to there. Raises UserError."""
-    import timm
-
-    from robustify import registry
-
-    registry.register_robustbench([row])
     classes = CLASSES[row["dataset"]]
-    arch = arch_name(row)
-    net = timm.create_model(arch, num_classes=num_classes or classes)
-    if pretrained:
+    if options.args:
+        message = f"RobustBench's {row['id']} takes no arguments, such as {next(iter(options.args))}"
+        raise UserError(message, "a model of timm takes them")
+    size = options.input_size(input_size(row))
+    net = build(row, options.num_classes or classes, size[0])
+    if options.pretrained:
         path = file(row, models_dir) or _fetch(row, _folder(models_dir) / place(row))
         # the files of timm's networks and of ImageNet are those of the network behind RobustBench's normalisation layer
         lenient = row["id"] in LENIENT or row["dataset"] == "imagenet" or _timm_name(row) is not None
-        state = weights.named_for(net, weights.read(path, allow_pickle))
+        state = weights.named_for(net, weights.read(path, options.allow_pickle))
         weights.fill(net, state, path, row["id"], lenient)
     return Checkpoint(
-        model=PixelModel(net).eval(), arch=arch, arch_args={}, num_classes=classes, input_size=input_size(row),
+        model=PixelModel(net).eval(), arch=arch_name(row), arch_args={}, num_classes=classes, input_size=size,
         base_id="robustbench:" + "/".join(key(row)), published=row if "clean_acc" in row else None,
-        dataset=row["dataset"], threat=row["threat"], pretrained=pretrained,
+        dataset=row["dataset"], threat=row["threat"], pretrained=options.pretrained,
     )
 
 

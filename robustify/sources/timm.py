@@ -12,6 +12,7 @@ from robustify.errors import UserError, nearest
 from robustify.pixels import PixelModel
 from robustify.sources import local, weights
 from robustify.sources.checkpoint import Checkpoint
+from robustify.sources.options import Options
 
 
 def exists(name: str) -> bool:
@@ -35,52 +36,58 @@ def pretrained_names(query: str) -> list[str]:
     return timm.list_pretrained(f"*{query}*")
 
 
-def load(
-    name: str, *, num_classes: int | None = None, pretrained: bool = True, allow_pickle: bool = False
-) -> Checkpoint:
-    """Return timm's NAME or NAME.TAG. Another `num_classes` than its own puts a new classifier in. Raises UserError."""
+def load(name: str, options: Options) -> Checkpoint:
+    """Return timm's NAME or NAME.TAG. Raises UserError."""
     import timm
 
     name = name.removeprefix("timm/")
     cfg = _cfg(name)
     arch = name.split(".")[0]
     own = int(cfg.get("num_classes") or 0)
-    classes = num_classes or own
+    classes = options.num_classes or own
+    pretrained = options.pretrained
     if not classes:
-        hint = "say how many: --set model.num_classes=10"
+        hint = "say how many: --num-classes 10 (num_classes=10 in Python)"
         raise UserError(f"{name} comes without a classifier, so it has no number of classes", hint)
-    overlay: dict[str, Any] = {"tag": cfg.get("tag")}
+    size = options.input_size(tuple(cfg["input_size"]))
+    overlay: dict[str, Any] = {"tag": cfg.get("tag"), "input_size": size}
     if pretrained:
-        overlay |= _weights(name, cfg, allow_pickle)
+        overlay |= _weights(name, cfg, options.allow_pickle)
     try:
-        net = timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=overlay, num_classes=classes)
-    except RuntimeError as error:  # of load_state_dict
-        if not pretrained:
-            raise
-        message = f"the weights fetched for {name} do not fit it: {str(error)[:300]}"
-        raise UserError(message, "clear the hub's cache and try again") from error
+        net = timm.create_model(
+            name, pretrained=pretrained, pretrained_cfg_overlay=overlay, num_classes=classes, **options.args
+        )
+    except Exception as error:
+        raise _unbuilt(name, options, size, error) from error
     for source in ("state_dict", "file"):  # timm keeps its overlay with the model: a second copy of all weights
         vars(net)["pretrained_cfg"].pop(source, None)
     return Checkpoint(
-        model=PixelModel(net, cfg["mean"], cfg["std"]).eval(), arch=arch, arch_args={}, num_classes=classes,
-        input_size=tuple(cfg["input_size"]), base_id=_base_id(name, cfg) if pretrained else arch,
+        model=PixelModel(net, cfg["mean"], cfg["std"]).eval(), arch=arch, arch_args=dict(options.args), num_classes=classes,
+        input_size=size, base_id=_base_id(name, cfg) if pretrained else arch,
         license=cfg.get("license") if pretrained else None,
         dataset="imagenet" if pretrained and own == 1000 and "in1k" in str(cfg.get("tag")) else None,
         pretrained=pretrained and classes == own,
     )
 
 
-def load_hub(
-    repo: str, *, num_classes: int | None = None, pretrained: bool = True, allow_pickle: bool = False
-) -> Checkpoint:
+def _unbuilt(name: str, options: Options, size: tuple[int, ...], error: Exception) -> UserError:
+    """Why timm could not build or fill the network: its arguments, the size of its images, or its weights."""
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if options.args:
+        return UserError(f"{name} cannot be built with {dict(options.args)}: {reason}", "leave out what it does not take")
+    if options.size is not None:
+        return UserError(f"{name} cannot be built for images of {size}: {reason}", "leave out size=")
+    if options.pretrained and isinstance(error, RuntimeError):  # of load_state_dict
+        return UserError(f"the weights fetched for {name} do not fit it: {reason}", "clear the hub's cache and try again")
+    return UserError(f"timm cannot build {name}: {reason}", "another version of timm may: pip install -U timm")
+
+
+def load_hub(repo: str, options: Options) -> Checkpoint:
     """Return the model of the hub's folder OWNER/NAME, perhaps with @REVISION. Raises UserError."""
     config = _hub_file(repo, "config.json")
-    if pretrained:
+    if options.pretrained:
         _hub_weights(repo)
-    return local.load(
-        config.parent, num_classes=num_classes, pretrained=pretrained, allow_pickle=allow_pickle,
-        base_id=repo.split("@")[0],
-    )
+    return local.load(config.parent, options, base_id=repo.split("@")[0])
 
 
 def _cfg(name: str) -> dict[str, Any]:

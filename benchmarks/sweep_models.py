@@ -1,0 +1,523 @@
+"""Every model that robustify says it takes: does it come in, train, go out and come back?
+
+    python benchmarks/sweep_models.py --out rows.jsonl              # all of them; goes on where it stopped
+    python benchmarks/sweep_models.py --out rows.jsonl --sample 20 --seed 1
+    python benchmarks/sweep_models.py --out rows.jsonl --table docs/coverage.md
+
+For every entry of RobustBench and every classification architecture of the installed timm: random weights are written in
+the published file's format and place, and the model is loaded from there by its name; its classifier is found and compared
+with what timm says; one step of the last layer and one of the whole network are taken by method wasserstein at the smallest
+images the network takes; the result is exported, and another process that only imports timm and robustify reads it back
+and must get the same logits, bit for bit. A row of `rows.jsonl` is one model:
+
+    passed     all of that
+    same       loads as above; its modules, names and shapes are those of a model that passed, so the rest was not repeated
+    refused    robustify said in one sentence why not
+    failed     anything else, with the stage and the reason
+    not run    too large for this machine
+
+The order is RobustBench's entries, one architecture of each of timm's families, then the others, small networks first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import gc
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+SIDES = (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512)
+STEP_SETTINGS = {"batch_size": 2, "lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "clip_norm": 1.0}
+DONE = ("passed", "same", "refused", "not run")
+
+
+@dataclass
+class Machine:
+    """What the sweep of one process shares. folder: for weights and exports; largest: weights a network may have."""
+
+    folder: Path
+    largest: int
+    reader: Reader
+    accelerator: Any
+    sides: dict[str, int] = field(default_factory=dict)  # family -> the side that its last member took
+    seen: dict[str, str] = field(default_factory=dict)  # signature -> the name of the model that passed
+
+
+# -------------------------------------------------------------------------------------------------------- what there is
+
+
+def every_model() -> list[dict[str, Any]]:
+    """Return every model as {name, family}, in the order of the sweep."""
+    import timm
+    from timm.models import _registry
+
+    from robustify.sources import published
+
+    entries = [
+        {"name": "robustbench:" + "/".join(published.key(row)), "family": f"robustbench {row['architecture']}"}
+        for row in published.rows()
+        if row.get("weights", True)
+    ]
+    entries.sort(key=lambda entry: entry["family"])
+    ours = ("robustbench_", "robustify_", "torchvision_")
+    modules = _registry._model_to_module
+    # robustbench registers its own with timm too, under modules of its own
+    rest = [n for n in timm.list_models() if not n.startswith(ours) and _is_timms(n)]
+    by_family: dict[str, list[str]] = collections.defaultdict(list)
+    for name in rest:
+        by_family[modules[name]].append(name)
+    first = [names[0] for names in by_family.values()]
+    ordered = first + [name for names in by_family.values() for name in names[1:]]
+    return entries + [{"name": f"timm:{name}", "family": f"timm {modules[name]}"} for name in ordered]
+
+
+def _is_timms(name: str) -> bool:
+    from timm.models import model_entrypoint
+
+    return model_entrypoint(name).__module__.startswith("timm.")
+
+
+# ------------------------------------------------------------------------------------------------------- one model
+
+
+def sweep(entry: dict[str, Any], machine: Machine) -> dict[str, Any]:
+    """Put one model through all stages and return its row."""
+    from robustify.errors import UserError
+
+    row: dict[str, Any] = {**entry, "stage": "build"}
+    begin = time.monotonic()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _stages(row, machine)
+    except UserError as error:
+        # a refusal of the model itself is an answer; one on the way, of what was accepted, is a failure
+        refusal = row["stage"] in ("build", "load", "classifier")
+        row |= {"outcome": "refused" if refusal else "failed", "reason": f"{error.message}; {error.hint}"}
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(str(error).split())[:300]
+        row |= {"outcome": "failed", "reason": f"{type(error).__name__}: {reason} ({Path(where.filename).name}:{where.lineno})"}
+    row["seconds"] = round(time.monotonic() - begin, 1)
+    for leftover in machine.folder.iterdir():
+        shutil.rmtree(leftover, ignore_errors=True)
+    return row
+
+
+def _stages(row: dict[str, Any], machine: Machine) -> None:
+    from robustify import sources
+    from robustify.export import export
+    from robustify.layers import find_classifier
+
+    source = row["name"]
+    net = _published_network(source)
+    row["parameters"] = sum(w.numel() for w in net.parameters())
+    if row["parameters"] > machine.largest:
+        row |= {"outcome": "not run", "reason": f"more than {machine.largest:,} weights, too large for this machine"}
+        return
+
+    row["stage"] = "load"
+    written = _publish(source, net, machine.folder)
+    row["weights"] = written
+    classes = {} if _classes_of(source) else {"num_classes": 10}
+    options = {"pretrained": bool(written), "models_dir": machine.folder / "models", **classes}
+    checkpoint = sources.load(source, **options)
+    if written:
+        _same_weights(net, checkpoint.model.net, but=() if not classes else _heads(checkpoint.model.net))
+    del net
+
+    row["stage"] = "classifier"
+    own = checkpoint.input_size[1]
+    print_of = _signature(checkpoint.model.net)
+    twin = machine.seen.get(print_of)
+    if twin is not None:
+        row |= {"outcome": "same", "reason": f"the same modules, names and shapes as {twin}"}
+        return
+    small = _smallest(source, checkpoint, machine.sides.get(row["family"]), options)
+    row["side"] = side = small.input_size[1]
+    machine.sides[row["family"]] = side
+    checkpoint = small
+    x = torch.rand(2, *checkpoint.input_size, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([0, 1])
+    model = checkpoint.model
+    row["classifier"] = classifier = find_classifier(model.net, (x - model.mean) / model.std)
+    told = getattr(model.net, "default_cfg", None) or {}
+    if isinstance(told, dict) and source.startswith("timm:") and told.get("classifier"):
+        said = [told["classifier"]] if isinstance(told["classifier"], str) else list(told["classifier"])
+        if set(said) != set(classifier):
+            row["timm_says"] = said
+
+    row["stage"] = "last-layer step"
+    row["loss_last"] = _step(checkpoint, "last", classifier, x, y, machine)
+    row["stage"] = "full step"
+    row["loss_full"] = _step(checkpoint, "full", classifier, x, y, machine)
+
+    row["stage"] = "export"
+    folder = machine.folder / "exported"
+    export(checkpoint, model, folder, robustness={"threat": "W2-Linf:8/255"}, metadata={}, verify_batch=x)
+    with torch.no_grad():
+        logits = model.cpu().eval()(x)
+    row["stage"] = "reload"
+    save_file({"x": x, "logits": logits.contiguous()}, folder / "expected.safetensors")
+    del model, checkpoint, small
+    gc.collect()
+    machine.reader.read(folder)
+    machine.seen[print_of] = source
+    row |= {"outcome": "passed", "stage": "all", "own_side": own, "signature": print_of}
+
+
+def _classes_of(source: str) -> int:
+    from timm.models import get_pretrained_cfg
+
+    from robustify.sources import published
+
+    prefix, name = source.split(":")
+    if prefix == "robustbench":
+        return published.CLASSES[name.split("/")[0]]
+    cfg = get_pretrained_cfg(name)
+    return (cfg.num_classes if cfg else 1000) or 0
+
+
+def _published_network(source: str) -> nn.Module:
+    """The network as its publisher would have it, with random weights that no test can pass by accident."""
+    import timm
+
+    from robustify.sources import published, robustbench
+
+    prefix, name = source.split(":")
+    torch.manual_seed(1)
+    if prefix == "robustbench":
+        dataset, threat, model = name.split("/")
+        found = published.find(model, dataset, threat, published.rows())
+        assert found is not None
+        net = robustbench.build(found, published.CLASSES[dataset])
+    else:
+        net = timm.create_model(name)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, weight in net.named_parameters():  # what begins at zero hides what lies behind it
+            if not weight.any() and not name.endswith("bias"):
+                weight.normal_(0, 0.02 if weight.ndim > 1 else 0.5, generator=generator)
+        for module in net.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                module.running_mean.normal_(0, 0.1, generator=generator)
+                module.running_var.uniform_(0.5, 1.5, generator=generator)  # pyright: ignore[reportOptionalMemberAccess]
+    return net
+
+
+def _publish(source: str, net: nn.Module, folder: Path) -> str:
+    """Write the weights where `sources.load` looks for them; return their kind, '' where nothing is published."""
+    from timm.models import get_pretrained_cfg
+
+    from robustify.sources import published, robustbench
+
+    prefix, name = source.split(":")
+    state = {key: value.detach().clone().contiguous() for key, value in net.state_dict().items()}
+    if prefix == "robustbench":
+        dataset, threat, model = name.split("/")
+        place = robustbench.place({"dataset": dataset, "threat": threat, "id": model})
+        path = folder / "models" / place
+        path.parent.mkdir(parents=True)
+        torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, path)
+        return "pt"
+    cfg = get_pretrained_cfg(name)
+    if cfg is None or cfg.custom_load == "hf" or not (cfg.hf_hub_id or cfg.url):
+        return ""
+    if cfg.hf_hub_id:
+        commit = "0" * 40
+        root = folder / "hub" / f"models--{cfg.hf_hub_id.replace('/', '--')}"
+        (root / "refs").mkdir(parents=True)
+        (root / "refs" / "main").write_text(commit)
+        path = root / "snapshots" / commit / (cfg.hf_hub_filename or "model.safetensors")
+        path.parent.mkdir(parents=True)
+        if path.suffix == ".safetensors":
+            save_file(state, path)
+        elif path.suffix == ".npz":
+            return ""
+        else:
+            torch.save(state, path)
+        return "hub"
+    if cfg.custom_load:
+        return ""
+    path = folder / "torch" / "hub" / "checkpoints" / cfg.url.rsplit("/", 1)[-1]
+    path.parent.mkdir(parents=True)
+    torch.save(state, path)
+    return "url"
+
+
+def _same_weights(published: nn.Module, loaded: nn.Module, but: tuple[str, ...]) -> None:
+    """Raise unless every tensor of the file has arrived."""
+    found = loaded.state_dict()
+    for name, value in published.state_dict().items():
+        if name.startswith(but or "\0"):
+            continue
+        if name not in found or not torch.equal(found[name], value):
+            raise AssertionError(f"{name} is not what the file holds")
+
+
+def _heads(net: nn.Module) -> tuple[str, ...]:
+    told = getattr(net, "default_cfg", None) or {}
+    said = told.get("classifier") or ()
+    return (said,) if isinstance(said, str) else tuple(said)
+
+
+def _signature(net: nn.Module) -> str:
+    """A digest of the modules as they print themselves and of the state's names and shapes."""
+    shapes = [(name, tuple(value.shape)) for name, value in net.state_dict().items()]
+    return hashlib.sha256(f"{type(net).__qualname__}{net}{shapes}".encode()).hexdigest()[:16]
+
+
+def _smallest(source: str, own: Any, hint: int | None, options: dict[str, Any]) -> Any:
+    """Return the checkpoint for the smallest square images that the network takes, forwards and in training."""
+    from robustify import sources
+
+    side = own.input_size[1]
+    fixed = bool((getattr(own.model.net, "default_cfg", None) or {}).get("fixed_input_size")) and source.startswith("timm:")
+    for smaller in [s for s in SIDES if s < side and s >= (hint or 0)]:
+        try:
+            chosen = sources.load(f"{source}:size={smaller}", **options) if fixed else own
+            if not fixed:
+                chosen = _at(own, smaller)
+            _runs(chosen)
+        except Exception:  # whatever it cannot do at this size
+            continue
+        return chosen
+    _runs(own)
+    return own
+
+
+def _at(checkpoint: Any, side: int) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(checkpoint, input_size=(checkpoint.input_size[0], side, side))
+
+
+def _runs(checkpoint: Any) -> None:
+    with torch.no_grad():
+        out = checkpoint.model(torch.rand(1, *checkpoint.input_size))
+    if out.shape != (1, checkpoint.num_classes) or not out.isfinite().all():
+        raise ValueError(f"logits {tuple(out.shape)}, finite: {bool(out.isfinite().all())}")
+
+
+def _step(checkpoint: Any, layers_: str, classifier: list[str], x: Any, y: Any, machine: Machine) -> float:
+    """Take one real step of the training loop; check which weights it moved. Returns the loss."""
+    from robustify import layers
+    from robustify.methods import Wasserstein
+    from robustify.recipe import TrainSettings
+    from robustify.threat import ThreatModel
+    from robustify.train import prepare, set_train_mode, take_step
+
+    net = checkpoint.model.net
+    chosen = set(layers.select(net, layers_, classifier).names)
+    before = {name: _sum(value) for name, value in net.state_dict().items()}
+    method, settings = Wasserstein(steps=1), TrainSettings(layers=layers_, **STEP_SETTINGS)
+    threat = ThreatModel.parse("W2-Linf:8/255")
+    setup = prepare(checkpoint.model, method, threat, settings, machine.accelerator, "none", 64)
+    assert setup.tracker is not None
+    setup.tracker.measure(torch.ones(64), 64)
+    set_train_mode(setup)
+    losses, _ = take_step(setup, iter([(x, y)]), 0)
+    machine.accelerator.free_memory()
+    checkpoint.model.eval().requires_grad_(True)
+    if not losses["total"] == losses["total"] or abs(losses["total"]) == float("inf"):
+        raise AssertionError(f"the loss is {losses['total']}")
+    moved = {name for name, value in net.state_dict().items() if _sum(value) != before[name]}
+    if layers_ == "last" and moved - chosen:
+        raise AssertionError(f"the last-layer step moved {sorted(moved - chosen)[:3]}")
+    weights = {name for name, _ in net.named_parameters()}
+    if not moved & chosen:
+        raise AssertionError("the step moved no weight")
+    if layers_ == "full" and len(moved & weights) < 0.5 * len(weights):
+        raise AssertionError(f"the full step moved {len(moved & weights)} of {len(weights)} tensors")
+    return round(losses["total"], 4)
+
+
+def _sum(value: torch.Tensor) -> tuple[float, float]:
+    value = value.detach().double() if value.numel() < 1000 else value.detach().float()
+    return float(value.sum()), float(value.abs().sum())
+
+
+# ----------------------------------------------------------------------------------------- the process that reads back
+
+
+class Reader:
+    """A process of its own that reads exported folders back, as a user of timm would."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+        self.served = 0
+
+    def read(self, folder: Path) -> None:
+        """Raise unless the other process gets the logits in folder/expected.safetensors from the folder's model."""
+        if self.process is None or self.served >= 50:
+            self.close()
+            command = [sys.executable, __file__, "--read-back"]
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self.served = 0
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.served += 1
+        self.process.stdin.write(f"{folder}\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline().strip()
+        if answer != "same":
+            raise AssertionError(f"read back in another process: {answer or 'it died'}")
+
+    def close(self) -> None:
+        if self.process is not None:
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+            self.process.wait()
+            self.process = None
+
+
+def read_back() -> None:
+    """Answer `same`, or what differs, for every folder named on a line of stdin. Knows timm, and `import robustify`."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    torch.set_num_threads(1)
+    import timm
+    from safetensors.torch import load_file
+
+    import robustify  # noqa: F401 (registers RobustBench's architectures with timm)
+
+    for line in sys.stdin:
+        folder = Path(line.strip())
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            cfg = config["pretrained_cfg"]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                net = timm.create_model(
+                    config["architecture"],
+                    num_classes=config["num_classes"],
+                    pretrained_cfg=cfg,
+                    checkpoint_path=str(folder / "model.safetensors"),
+                    **config.get("model_args", {}),
+                ).eval()
+            expected = load_file(folder / "expected.safetensors")
+            mean, std = (torch.tensor(cfg[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+            plain = not any(cfg["mean"]) and all(s == 1 for s in cfg["std"])
+            with torch.no_grad():
+                found = net(expected["x"] if plain else (expected["x"] - mean) / std)
+            gap = (found - expected["logits"]).abs().max()
+            answer = "same" if torch.equal(found, expected["logits"]) else f"the logits differ by up to {gap:g}"
+            del net
+        except Exception as error:
+            answer = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        print(answer, file=answers, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- the run
+
+
+@contextlib.contextmanager
+def machine(largest: int, folder: Path | None = None) -> Iterator[Machine]:
+    """The sweep's surroundings: an empty hub without a network, a scratch folder, quick random weights."""
+    from huggingface_hub import constants
+
+    from robustify.distributed import make_accelerator
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="sweep-") as scratch:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "TORCH_HOME": f"{scratch}/torch"}
+        constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE = True, f"{scratch}/hub"
+        reader = Reader()
+        try:
+            with _quick_initialisation():
+                yield Machine(Path(scratch), largest, reader, make_accelerator())
+        finally:
+            reader.close()
+
+
+@contextlib.contextmanager
+def _quick_initialisation() -> Iterator[None]:
+    """Plain normal numbers where libraries draw truncated ones: minutes for a large network, and nothing here needs them."""
+    import timm.layers.weight_init as init
+
+    def normal(tensor: torch.Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0, **_: Any):
+        return nn.init.normal_(tensor, mean, std)
+
+    saved = (nn.init._no_grad_trunc_normal_, init._trunc_normal_)
+    nn.init._no_grad_trunc_normal_, init._trunc_normal_ = normal, normal
+    try:
+        yield
+    finally:
+        nn.init._no_grad_trunc_normal_, init._trunc_normal_ = saved
+
+
+def read_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the last row of every model."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {row["name"]: row for row in map(json.loads, lines)}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Sweep what the rows lack, until done or out of time."""
+    import timm
+
+    wanted = every_model()
+    if args.only:
+        wanted = [entry for entry in wanted if any(part in entry["name"] for part in args.only)]
+    if args.sample:
+        wanted = random.Random(args.seed).sample(wanted, min(args.sample, len(wanted)))
+    rows = read_rows(args.out)
+    again = () if args.retry is None else tuple(args.retry)
+    todo = [e for e in wanted if e["name"] not in rows or (rows[e["name"]]["outcome"] in again)]
+    deadline = time.monotonic() + args.time_limit * 60 if args.time_limit else float("inf")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with machine(args.largest, args.scratch) as here, open(args.out, "a") as file:
+        here.seen = {row["signature"]: row["name"] for row in rows.values() if row.get("signature")}
+        for done, entry in enumerate(todo, 1):
+            if time.monotonic() > deadline:
+                print(f"out of time: {len(todo) - done + 1} left", file=sys.stderr)
+                break
+            row = {**sweep(entry, here), "timm": timm.__version__, "torch": torch.__version__}
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            told = f"{row['outcome']} {row.get('reason', '')}"[:160]
+            print(f"{done}/{len(todo)} {row['name']} {row['seconds']} s: {told}", file=sys.stderr, flush=True)
+            gc.collect()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="the rows, one JSON a line; finished ones are not repeated")
+    parser.add_argument("--sample", type=int, help="so many models, drawn by the seed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", help="models with one of these in their name")
+    parser.add_argument("--retry", nargs="*", metavar="OUTCOME", help="repeat the rows with these outcomes")
+    parser.add_argument("--time-limit", type=float, metavar="MINUTES")
+    parser.add_argument("--largest", type=int, default=350_000_000, metavar="N", help="weights a network may have")
+    parser.add_argument("--scratch", type=Path, help="folder for temporary files")
+    parser.add_argument("--read-back", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.read_back:
+        read_back()
+    elif args.out is None:
+        parser.error("--out is needed")
+    else:
+        run(args)
+
+
+if __name__ == "__main__":
+    main()
