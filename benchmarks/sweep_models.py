@@ -16,7 +16,7 @@ and must get the same logits, bit for bit. A row of `rows.jsonl` is one model:
     failed     anything else, with the stage and the reason
     not run    too large for this machine
 
-The order is RobustBench's entries, one architecture of each of timm's families, then the others, small networks first.
+The order is one architecture of each of timm's families, then the others; among them, every fourth, RobustBench's entries.
 """
 
 from __future__ import annotations
@@ -88,7 +88,12 @@ def every_model() -> list[dict[str, Any]]:
         by_family[modules[name]].append(name)
     first = [names[0] for names in by_family.values()]
     ordered = first + [name for names in by_family.values() for name in names[1:]]
-    return entries + [{"name": f"timm:{name}", "family": f"timm {modules[name]}"} for name in ordered]
+    found = []
+    for number, name in enumerate(ordered):
+        if number % 3 == 0 and entries:
+            found.append(entries.pop(0))
+        found.append({"name": f"timm:{name}", "family": f"timm {modules[name]}"})
+    return found + entries
 
 
 def _is_timms(name: str) -> bool:
@@ -369,7 +374,7 @@ class Reader:
 
     def read(self, folder: Path) -> None:
         """Raise unless the other process gets the logits in folder/expected.safetensors from the folder's model."""
-        if self.process is None or self.served >= 50:
+        if self.process is None or self.served >= 200:
             self.close()
             command = [sys.executable, __file__, "--read-back"]
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -405,7 +410,7 @@ def read_back() -> None:
         try:
             config = json.loads((folder / "config.json").read_text())
             cfg = config["pretrained_cfg"]
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), quick_initialisation():
                 warnings.simplefilter("ignore")
                 net = timm.create_model(
                     config["architecture"],
@@ -443,26 +448,50 @@ def machine(largest: int, folder: Path | None = None) -> Iterator[Machine]:
         constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE = True, f"{scratch}/hub"
         reader = Reader()
         try:
-            with _quick_initialisation():
+            with quick_initialisation():
                 yield Machine(Path(scratch), largest, reader, make_accelerator())
         finally:
             reader.close()
 
 
 @contextlib.contextmanager
-def _quick_initialisation() -> Iterator[None]:
-    """Plain normal numbers where libraries draw truncated ones: minutes for a large network, and nothing here needs them."""
+def quick_initialisation() -> Iterator[None]:
+    """Large tensors take their first random numbers from a pool, at a place that no other process will hit again.
+
+    Every network here is built three times, twice only to be overwritten, and drawing its numbers is what takes longest.
+    """
     import timm.layers.weight_init as init
 
-    def normal(tensor: torch.Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0, **_: Any):
-        return nn.init.normal_(tensor, mean, std)
+    pool = torch.randn(1_000_003)
+    flat = torch.erf(pool / 2**0.5)  # uniform in (-1, 1)
+    real = (torch.Tensor.normal_, torch.Tensor.uniform_, nn.init._no_grad_trunc_normal_, init._trunc_normal_)
+    where = random.SystemRandom()
 
-    saved = (nn.init._no_grad_trunc_normal_, init._trunc_normal_)
-    nn.init._no_grad_trunc_normal_, init._trunc_normal_ = normal, normal
+    def fill(tensor: torch.Tensor, numbers: torch.Tensor, mean: float, scale: float) -> torch.Tensor:
+        rest, start = tensor.detach().view(-1), where.randrange(len(numbers))
+        while len(rest):
+            part = numbers[start : start + len(rest)]
+            rest[: len(part)] = part
+            rest, start = rest[len(part) :], 0
+        return tensor.mul_(scale).add_(mean)
+
+    def normal(tensor: torch.Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0, **more: Any):
+        if tensor.numel() < 10_000 or not tensor.is_contiguous():
+            return real[0](tensor, mean, std)
+        return fill(tensor, pool, mean, std)
+
+    def uniform(tensor: torch.Tensor, low: float = 0.0, high: float = 1.0, **more: Any):
+        if tensor.numel() < 10_000 or not tensor.is_contiguous():
+            return real[1](tensor, low, high)
+        return fill(tensor, flat, (low + high) / 2, (high - low) / 2)
+
+    torch.Tensor.normal_, torch.Tensor.uniform_ = normal, uniform  # pyright: ignore[reportAttributeAccessIssue]
+    nn.init._no_grad_trunc_normal_ = init._trunc_normal_ = normal
     try:
         yield
     finally:
-        nn.init._no_grad_trunc_normal_, init._trunc_normal_ = saved
+        torch.Tensor.normal_, torch.Tensor.uniform_ = real[:2]
+        nn.init._no_grad_trunc_normal_, init._trunc_normal_ = real[2:]
 
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
