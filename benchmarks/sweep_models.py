@@ -220,9 +220,10 @@ def _published_network(source: str) -> nn.Module:
         net = timm.create_model(name)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for name, weight in net.named_parameters():  # what begins at zero hides what lies behind it
-            if not weight.any() and not name.endswith("bias"):
-                weight.normal_(0, 0.02 if weight.ndim > 1 else 0.5, generator=generator)
+        for name, weight in net.named_parameters():  # what begins at zero, or nearly, hides what lies behind
+            vector = weight.numel() == max(weight.shape, default=1)
+            if not name.endswith("bias") and weight.abs().max() < (0.1 if vector else 1e-9):
+                weight.normal_(0, 0.5 if vector else 0.02, generator=generator)
         for module in net.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
                 module.running_mean.normal_(0, 0.1, generator=generator)
