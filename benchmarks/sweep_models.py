@@ -133,6 +133,7 @@ def _stages(row: dict[str, Any], machine: Machine) -> None:
     from robustify import sources
     from robustify.export import export
     from robustify.layers import find_classifier
+    from robustify.modes import borrowed
 
     source = row["name"]
     net = _published_network(source)
@@ -180,8 +181,8 @@ def _stages(row: dict[str, Any], machine: Machine) -> None:
     row["stage"] = "export"
     folder = machine.folder / "exported"
     export(checkpoint, model, folder, robustness={"threat": "W2-Linf:8/255"}, metadata={}, verify_batch=x)
-    with torch.no_grad():
-        logits = model.cpu().eval()(x)
+    with borrowed(model), torch.no_grad():
+        logits = model(x)
     row["stage"] = "reload"
     save_file({"x": x, "logits": logits.contiguous()}, folder / "expected.safetensors")
     del model, checkpoint, small

@@ -19,10 +19,9 @@ from robustify.layers import find_classifier
 from robustify.pixels import PixelModel
 from robustify.report import plain, version_of
 from robustify.sources import local
-from robustify.sources.checkpoint import Checkpoint
+from robustify.sources.checkpoint import CUSTOM, Checkpoint
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-CUSTOM = "custom"  # the arch of a network that only its user's code can build
 
 
 def export(
@@ -80,6 +79,7 @@ def _plain_network(model: nn.Module) -> tuple[nn.Module, list[float], list[float
         raise TypeError(f"export takes a PixelModel, not {type(pixels).__name__}")
     net = copy.deepcopy(unwrap(pixels.net)).to(device="cpu", dtype=torch.float32)
     net = net.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+    net.train()  # drops what modules have computed from older weights, as modes.borrowed explains
     return net.requires_grad_(False).eval(), _short(pixels.mean), _short(pixels.std)
 
 

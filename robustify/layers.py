@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,37 @@ def find_classifier(net: nn.Module, x: Tensor) -> list[str]:
         f"{type(net).__name__} has no linear or convolutional layer with {logits.shape[1]} outputs at its end",
         "name the layers to train, for instance --layers 'head*', or take --layers full",
     )
+
+
+@torch.no_grad()
+def replace_classifier(net: nn.Module, input_size: Sequence[int], num_classes: int) -> None:
+    """Put a new, random last layer for `num_classes` in, found by structure. Raises UserError where that cannot be done.
+
+    input_size: (channels, height, width) of images the network takes. timm's networks do it themselves.
+    """
+    reset = getattr(net, "reset_classifier", None)
+    if reset is not None:
+        reset(num_classes)
+        return
+    x = torch.rand(2, *input_size, generator=torch.Generator().manual_seed(0))
+    for name in find_classifier(net, x):
+        old = net.get_submodule(name)
+        bias = old.bias is not None
+        if isinstance(old, nn.Linear):
+            new: nn.Module = nn.Linear(old.in_features, num_classes, bias=bias)
+        elif isinstance(old, nn.Conv1d | nn.Conv2d) and old.groups == 1:
+            same = (old.in_channels, num_classes, old.kernel_size, old.stride, old.padding, old.dilation)  # pyright: ignore
+            new = type(old)(*same, bias=bias)  # pyright: ignore[reportArgumentType]
+        else:
+            raise UserError(f"the last layer of {type(net).__name__}, {name}, cannot be replaced", "take data of its classes")
+        parent, _, last = name.rpartition(".")
+        setattr(net.get_submodule(parent), last, new.to(old.weight.device))  # pyright: ignore[reportArgumentType]
+    was_training = net.training
+    shape = tuple(net.eval()(x).shape)
+    net.train(was_training)
+    if shape != (len(x), num_classes):
+        hint = "take data of its classes, or another model"
+        raise UserError(f"{type(net).__name__} cannot be given {num_classes} classes: its logits have {shape[1:]}", hint)
 
 
 def _pooled(out: Tensor, classes: int) -> Tensor | None:

@@ -21,6 +21,11 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
     input, which saves a third of it.
     """
     modes = [(module, module.training) for module in model.modules()]
+    # some keep in eval mode what they computed from the weights of then, and drop it in train(): LeViT's attention biases
+    own = [(module, mode) for module, mode in modes if type(module).train is not nn.Module.train]
+    for module, _ in own:
+        module.train()
+        module.eval()
     flags = [(weight, weight.requires_grad) for weight in model.parameters()]
     for module, _ in modes:
         module.training = False
@@ -29,6 +34,8 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
+        for module, mode in own:
+            module.train(mode)
         for module, mode in modes:
             module.training = mode
         for weight, flag in flags:

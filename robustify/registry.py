@@ -1,4 +1,4 @@
-"""Architectures that timm does not have, registered with it: RobustBench's, and the digits network.
+"""Architectures that timm does not have, registered with it: RobustBench's, torchvision's, the digits network.
 
 After `import robustify`, `timm.create_model("robustbench_cifar10_linf_...")` works, and so does
 `timm.create_model("local-dir:...")` of an exported folder. Neither timm nor RobustBench is imported for that: timm
@@ -30,12 +30,14 @@ def install() -> None:
 
 
 def register() -> None:
-    """Register the digits network and every architecture of RobustBench whose weights are published. Imports timm."""
+    """Register the digits network, RobustBench's architectures with published weights, and those of other libraries."""
     from robustify.nets import DigitsCNN, default_cfg
     from robustify.sources import published
 
     _add(DIGITS, DigitsCNN, default_cfg)
     register_robustbench(published.rows())
+    _register_torchvision()
+    _register_transformers()
 
 
 def register_robustbench(rows: Iterable[dict[str, Any]]) -> None:
@@ -47,6 +49,28 @@ def register_robustbench(rows: Iterable[dict[str, Any]]) -> None:
             classes, size = published.CLASSES[row["dataset"]], published.input_size(row)
             cfg = {"input_size": size, "num_classes": classes, "mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_pct": 1.0}
             _add(published.arch_name(row), _builder(row, classes), cfg)
+
+
+def _register_torchvision() -> None:
+    from robustify.sources import torchvision
+
+    cfg = {"input_size": torchvision.SIZE, "num_classes": torchvision.CLASSES, "crop_pct": 0.875}
+    cfg |= {"mean": torchvision.MEAN, "std": torchvision.STD}
+    for name in torchvision.names():  # timm has imported torchvision, so this costs nothing
+
+        def build(global_pool: str | None = None, name: str = name, **args: Any) -> nn.Module:
+            return torchvision.build(name, **args)
+
+        _add(torchvision.PREFIX + name, build, cfg)
+
+
+def _register_transformers() -> None:
+    from robustify.sources import transformers
+
+    def build(config: dict[str, Any], global_pool: str | None = None, **args: Any) -> nn.Module:
+        return transformers.build(config, **args)
+
+    _add(transformers.ARCH, build, {"input_size": (3, 224, 224), "num_classes": 1000})
 
 
 def _builder(row: dict[str, Any], classes: int) -> Callable[..., nn.Module]:

@@ -35,6 +35,42 @@ def mixed_net() -> nn.Sequential:
     return net
 
 
+class Remembers(nn.Linear):
+    """Keeps in eval mode what it computed from its weights, as LeViT's attention does."""
+
+    kept: torch.Tensor | None = None
+
+    def train(self, mode: bool = True):
+        if mode:
+            self.kept = None
+        return super().train(mode)
+
+    def forward(self, x):
+        if self.training:
+            return super().forward(x)
+        self.kept = self.weight.detach().clone() if self.kept is None else self.kept
+        return x @ self.kept.T + self.bias
+
+
+def test_nothing_computed_from_older_weights_is_used():
+    net = nn.Sequential(nn.Flatten(), Remembers(192, 4)).train()
+    with borrowed(net):
+        net(X)
+    with torch.no_grad():
+        net[1].weight.mul_(2)
+    for lent in (net, net.eval()):
+        with borrowed(lent):
+            assert torch.allclose(lent(X), X.flatten(1) @ net[1].weight.T + net[1].bias)
+        with torch.no_grad():
+            net[1].weight.mul_(2)
+    net = nn.Sequential(nn.Flatten(), Remembers(192, 4)).train()
+    with borrowed(net):
+        net(X)
+    with torch.no_grad():
+        net[1].weight.mul_(2)
+    assert torch.allclose(net.eval()(X), X.flatten(1) @ net[1].weight.T + net[1].bias)
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_every_attack_gives_the_model_back_as_it_was(name):
     net = mixed_net()

@@ -4,7 +4,10 @@
     digits                       the small network that comes with robustify
     NAME, robustbench:NAME       a model of RobustBench; robustbench:cifar10/Linf/NAME leaves no doubt
     NAME, timm:NAME              a model of timm, such as resnet18.a1_in1k
-    hf-hub:OWNER/NAME            a folder of the Hugging Face hub in timm's layout
+    hf-hub:OWNER/NAME            a folder of the Hugging Face hub, in timm's layout or that of transformers
+    torchvision:NAME             a classifier of torchvision, such as torchvision:resnet50.IMAGENET1K_V1
+    FILE:arch=NAME               a weight file and the network it belongs to
+    MODULE:FUNCTION              what a function of yours returns
 
 Behind each may stand how to load it: NAME:size=64,mean=[0.5,0.5,0.5], see options.py.
 
@@ -18,7 +21,7 @@ from pathlib import Path
 
 from robustify.errors import UserError, nearest
 from robustify.pixels import PixelModel
-from robustify.sources import local, published, robustbench, timm
+from robustify.sources import bare, local, published, python, robustbench, timm, torchvision
 from robustify.sources.checkpoint import Checkpoint
 from robustify.sources.options import Options, split
 
@@ -28,7 +31,8 @@ SOURCES = {
     "local-dir": "a folder with config.json and model.safetensors",
     "robustbench": "RobustBench's models",
     "timm": "timm's models",
-    "hf-hub": "folders of the Hugging Face hub in timm's layout",
+    "hf-hub": "folders of the Hugging Face hub, in timm's layout or that of transformers",
+    "torchvision": "torchvision's classifiers",
 }
 DIGITS = "digits"
 
@@ -68,7 +72,11 @@ def load(
     """
     name, told = split(source)
     options = Options(num_classes=num_classes, pretrained=pretrained, allow_pickle=allow_pickle, **told)
-    checkpoint = _resolve(name, dataset, threat, models_dir)(options)
+    path = Path(name.removeprefix("local-dir:")).expanduser()
+    if options.arch is not None or (bare.is_file(path) and not local.is_model(path)):
+        checkpoint = bare.load(path, options)
+    else:
+        checkpoint = _resolve(name, dataset, threat, models_dir)(options)
     if options.mean is None and options.std is None:
         return checkpoint
     there, channels = checkpoint.model, checkpoint.input_size[0]
@@ -93,12 +101,16 @@ def _resolve(
             return lambda options: timm.load(name, options)
         if prefix == "hf-hub":
             return lambda options: timm.load_hub(name, options)
+        if prefix == "torchvision":
+            return lambda options: torchvision.load(name, options)
         row = _robustbench(name, dataset, threat)
         return lambda options: robustbench.load(row, options, models_dir)
     if local.is_model(Path(source).expanduser()):
         return lambda options: local.load(Path(source), options)
     if source == DIGITS:
         return lambda options: local.load(_digits(), options, base_id=DIGITS)
+    if python.is_name(source):
+        return lambda options: python.load(source, options)
     found = published.find(source, dataset, threat, published.rows())
     if found is None and timm.exists(source.removeprefix("timm/")):
         return lambda options: timm.load(source, options)
@@ -147,11 +159,15 @@ def names(
 ) -> list[ModelInfo]:
     """Return what can be loaded by name: those with `query` in their name, for that data set and threat, best first.
 
-    timm's models are listed when the query starts with `timm:`, because importing timm takes seconds.
+    timm's and torchvision's models are listed when the query starts with `timm:` or `torchvision:`, because importing
+    them takes seconds.
     """
     if query.startswith("timm:"):
         found = timm.pretrained_names(query.removeprefix("timm:"))
         return [ModelInfo(id=f"timm:{name}", source="timm", architecture=name.split(".")[0]) for name in found]
+    if query.startswith("torchvision:"):
+        found = [name for name in torchvision.names() if query.removeprefix("torchvision:").lower() in name]
+        return [ModelInfo(id=f"torchvision:{name}", source="torchvision", architecture=name) for name in found]
     found = [ModelInfo(id=DIGITS, source="local-dir", dataset=DIGITS, architecture="DigitsCNN", file=_digits())]
     for row in published.rows():
         if row.get("weights", True):

@@ -6,6 +6,8 @@ from typing import Any
 
 from robustify.pixels import PixelModel
 
+CUSTOM = "custom"  # the arch of a network that only its user's code can build
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -20,6 +22,7 @@ class Checkpoint:
     dataset:     the data set it was trained for: cifar10, cifar100, imagenet, digits; None when unknown.
     threat:      the threat it was trained against, as its publisher spells it; None when none or unknown.
     pretrained:  False when its weights, or those of its classifier, are random.
+    replaced:    the number of classes of the classifier that a new, random one took the place of; None without one.
     """
 
     model: PixelModel
@@ -33,3 +36,4 @@ class Checkpoint:
     dataset: str | None = None
     threat: str | None = None
     pretrained: bool = True
+    replaced: int | None = None

@@ -21,9 +21,10 @@ from typing import Any
 
 from torch import nn
 
+from robustify import layers
 from robustify.errors import UserError
 from robustify.pixels import PixelModel
-from robustify.sources import published, weights
+from robustify.sources import hub, published, weights
 from robustify.sources.checkpoint import Checkpoint
 from robustify.sources.options import Options
 from robustify.sources.published import CLASSES, Row, arch_name, input_size, key
@@ -127,10 +128,9 @@ def _timm_name(row: Row) -> str | None:
 def build(row: Row, num_classes: int, in_chans: int = 3) -> nn.Module:
     """Return the row's network with random weights, pictures in [0,1] in, logits out. Raises UserError."""
     classes = CLASSES[row["dataset"]]
-    if num_classes != classes or in_chans != 3:
-        asked = f"{num_classes} classes" if num_classes != classes else f"{in_chans} channels"
-        hint = f"it is built for {classes} classes and 3 channels: use data with as many, or a model of timm"
-        raise UserError(f"RobustBench's {row['id']} cannot be built for {asked}", hint)
+    if in_chans != 3:
+        hint = "it is built for 3 channels: use data with as many, or a model of timm"
+        raise UserError(f"RobustBench's {row['id']} cannot be built for {in_chans} channels", hint)
     entry = _entry(row)
     name = _timm_name(row)
     try:
@@ -147,8 +147,10 @@ def build(row: Row, num_classes: int, in_chans: int = 3) -> nn.Module:
             raise
         message = f"RobustBench's {row['id']} can only be built on a CUDA device"
         raise UserError(message, "robustify ls models lists others") from error
-    vars(net)["num_classes"] = classes  # timm asks every model for it
     _move_with_weights(net)
+    if num_classes != classes:
+        layers.replace_classifier(net, input_size(row), num_classes)
+    vars(net)["num_classes"] = num_classes  # timm asks every model for it
     return net
 
 
@@ -172,17 +174,21 @@ def load(row: Row, options: Options, models_dir: Path | None = None) -> Checkpoi
         message = f"RobustBench's {row['id']} takes no arguments, such as {next(iter(options.args))}"
         raise UserError(message, "a model of timm takes them")
     size = options.input_size(input_size(row))
-    net = build(row, options.num_classes or classes, size[0])
+    net = build(row, classes, size[0])
     if options.pretrained:
         path = file(row, models_dir) or _fetch(row, _folder(models_dir) / place(row))
         # the files of timm's networks and of ImageNet are those of the network behind RobustBench's normalisation layer
         lenient = row["id"] in LENIENT or row["dataset"] == "imagenet" or _timm_name(row) is not None
         state = weights.named_for(net, weights.read(path, options.allow_pickle))
         weights.fill(net, state, path, row["id"], lenient)
+    chosen = options.num_classes or classes
+    if chosen != classes:
+        layers.replace_classifier(net, size, chosen)
     return Checkpoint(
-        model=PixelModel(net).eval(), arch=arch_name(row), arch_args={}, num_classes=classes, input_size=size,
+        model=PixelModel(net).eval(), arch=arch_name(row), arch_args={}, num_classes=chosen, input_size=size,
         base_id="robustbench:" + "/".join(key(row)), published=row if "clean_acc" in row else None,
-        dataset=row["dataset"], threat=row["threat"], pretrained=options.pretrained,
+        dataset=row["dataset"], threat=row["threat"], pretrained=options.pretrained and chosen == classes,
+        replaced=classes if chosen != classes else None,
     )
 
 
@@ -223,7 +229,7 @@ def _fetch(row: Row, target: Path) -> Path:
     """Download the row's weight file to `target`, complete or not at all, and return it. Raises UserError."""
     page, drive = _origin(row)
     hint = f"download it from {page} (paper: {row.get('link', 'unknown')}) and put it at {target.absolute()}"
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    if hub.offline():
         raise UserError(f"the weights of {row['id']} are not on this machine, and HF_HUB_OFFLINE is set", hint)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as folder:

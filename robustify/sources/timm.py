@@ -1,16 +1,11 @@
-"""timm's models, and folders of the Hugging Face hub in timm's layout.
-
-The file is fetched with huggingface_hub and handed to timm: timm 1.0.9 beside huggingface_hub 1 or newer believes that
-there is no hub.
-"""
+"""timm's models, and folders of the Hugging Face hub in timm's layout."""
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from robustify.errors import UserError, nearest
 from robustify.pixels import PixelModel
-from robustify.sources import local, weights
+from robustify.sources import hub, local, transformers, weights
 from robustify.sources.checkpoint import Checkpoint
 from robustify.sources.options import Options
 
@@ -66,7 +61,7 @@ def load(name: str, options: Options) -> Checkpoint:
         input_size=size, base_id=_base_id(name, cfg) if pretrained else arch,
         license=cfg.get("license") if pretrained else None,
         dataset="imagenet" if pretrained and own == 1000 and "in1k" in str(cfg.get("tag")) else None,
-        pretrained=pretrained and classes == own,
+        pretrained=pretrained and classes == own, replaced=own if pretrained and own and classes != own else None,
     )
 
 
@@ -84,9 +79,11 @@ def _unbuilt(name: str, options: Options, size: tuple[int, ...], error: Exceptio
 
 def load_hub(repo: str, options: Options) -> Checkpoint:
     """Return the model of the hub's folder OWNER/NAME, perhaps with @REVISION. Raises UserError."""
-    config = _hub_file(repo, "config.json")
+    config = hub.file(repo, "config.json")
+    if transformers.is_config(local.read_config(config)):
+        return transformers.load_hub(repo, options)
     if options.pretrained:
-        _hub_weights(repo)
+        hub.weight_file(repo)
     return local.load(config.parent, options, base_id=repo.split("@")[0])
 
 
@@ -117,56 +114,12 @@ def _weights(name: str, cfg: dict[str, Any], allow_pickle: bool) -> dict[str, An
     """Return what makes timm load the pretrained weights from a file that is here. Raises UserError."""
     if cfg.get("hf_hub_id"):
         custom = cfg.get("custom_load") == "hf"  # the model's own reader of the original authors' file
-        path = _hub_weights(cfg["hf_hub_id"], cfg.get("hf_hub_filename"))
+        path = hub.weight_file(cfg["hf_hub_id"], cfg.get("hf_hub_filename"))
     elif cfg.get("url"):
         custom = bool(cfg.get("custom_load"))
-        path = _url_file(name, cfg["url"])
+        path = hub.url_file(name, cfg["url"])
     else:
         raise UserError(f"timm has no pretrained weights for {name}", "random ones: --set model.pretrained=false")
     if custom:
         return {"file": str(path), "custom_load": True}
     return {"state_dict": weights.read(path, allow_pickle), "custom_load": False}
-
-
-def _hub_weights(repo: str, filename: str | None = None) -> Path:
-    """Return the weight file of a hub folder, safetensors where there is one."""
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    safe, pickled = local.WEIGHTS
-    try:
-        return _hub_file(repo, filename or safe)
-    except UserError as error:
-        absent = isinstance(error.__cause__, EntryNotFoundError)
-        unreachable = isinstance(error.__cause__, LocalEntryNotFoundError)  # a kind of the former
-        if filename or unreachable or not absent:
-            raise
-    return _hub_file(repo, pickled)
-
-
-def _hub_file(repo: str, name: str) -> Path:
-    """Return the place of a hub folder's file on this machine, fetched if need be. Raises UserError."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    owner_name, _, revision = repo.partition("@")
-    options: dict[str, Any] = {"repo_id": owner_name, "filename": name, "revision": revision or None}
-    try:
-        try:  # what is here stays what it was, and needs no network
-            return Path(hf_hub_download(**options, local_files_only=True))
-        except LocalEntryNotFoundError:
-            return Path(hf_hub_download(**options))
-    except Exception as error:  # offline, unreachable, not there, not allowed: its own words say which
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        hint = (f"fetch it where there is a network (hf download {owner_name}) and pass its folder as the model;"
-                " or start from random weights: --set model.pretrained=false")
-        raise UserError(f"{name} of {repo} is not on this machine and could not be fetched: {reason}", hint) from error
-
-
-def _url_file(name: str, url: str) -> Path:
-    from timm.models._hub import download_cached_file
-
-    try:
-        return Path(download_cached_file(url, progress=False))
-    except Exception as error:
-        hint = "start from random weights: --set model.pretrained=false"
-        raise UserError(f"the weights of {name} could not be fetched from {url}: {error}", hint) from error

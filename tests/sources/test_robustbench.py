@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from source_folders import shake
@@ -126,11 +127,24 @@ def test_every_published_id_is_in_the_table_or_marked():
         assert (name in table[dataset][threat]) == entry.get("weights", True)
 
 
-def test_ensembles_and_other_classes_are_refused():
+def test_another_number_of_classes_puts_a_new_classifier_in(tmp_path):
+    """Found by structure, and built again by name, so that what is exported reads back."""
+    entry = row("Sehwag2021Proxy_R18")
+    net = network(entry)
+    put(tmp_path, entry, net.state_dict())
+    checkpoint = sources.load(entry["id"], threat="Linf", num_classes=7, models_dir=tmp_path)
+    assert checkpoint.model(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+    assert (checkpoint.num_classes, checkpoint.replaced, checkpoint.pretrained) == (7, 10, False)
+    assert torch.equal(checkpoint.model.net.conv1.weight, net.conv1.weight)
+    again = timm.create_model(checkpoint.arch, num_classes=7).eval()
+    again.load_state_dict(checkpoint.model.net.state_dict())
+
+
+def test_ensembles_and_other_channels_are_refused():
     with pytest.raises(UserError, match="ensemble of 3 files"):
         sources.load("Chen2020Adversarial")
-    with pytest.raises(UserError, match="cannot be built for 7 classes"):
-        sources.load("Sehwag2021Proxy_R18", num_classes=7, pretrained=False)
+    with pytest.raises(UserError, match="cannot be built for 1 channels"):
+        sources.load("Sehwag2021Proxy_R18:size=[1,32,32]", pretrained=False)
     with pytest.raises(UserError, match="never published"):
         sources.load("Madry2018Towards")
 

@@ -1,0 +1,60 @@
+"""A weight file, or a folder, whose network the user names: `weights.pt:arch=resnet18`, `runs/mine:arch=module:function`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from robustify.errors import UserError
+from robustify.sources import local, python, weights
+from robustify.sources.checkpoint import Checkpoint
+from robustify.sources.options import Options
+
+SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".tar", ".pt2", ".ts", ".onnx")
+
+
+def is_file(path: Path) -> bool:
+    """Return whether this is a weight file, or would be one if it were there."""
+    return path.is_file() or (path.suffix in SUFFIXES and not path.is_dir())
+
+
+def load(path: Path, options: Options) -> Checkpoint:
+    """Return the network `options.arch` with the file's weights. Raises UserError.
+
+    arch: a name timm knows, so also torchvision_resnet50 and those of RobustBench's networks; or module:function. The
+    number of classes is the file's; another `num_classes` puts a new classifier in.
+    """
+    path = path.expanduser()
+    cfg: dict[str, Any] = {}
+    if path.is_dir():
+        folder = local.model_folder(path)
+        config = local.read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
+        cfg = config.get("pretrained_cfg", {})
+        path = local.weight_file(folder)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}", "check its place and name")
+    state = weights.read(path, options.allow_pickle)
+    if options.arch is None:
+        hint = f"say it: {path}:arch=resnet18, a name timm knows, or {path}:arch=module:function of your own"
+        raise UserError(f"{path} holds {len(state)} tensors, but not the network that they belong to", hint)
+    if python.is_name(options.arch):
+        net = python.build(options.arch, options)
+        weights.fill(net, weights.named_for(net, state), path, options.arch)
+        return python.describe(net, path.name, options, f"{path}:arch={options.arch}", cfg or None)
+    config = {"architecture": options.arch, "pretrained_cfg": cfg, "num_classes": _classes(options.arch, state)}
+    return local.assemble(config, path, options, path.name, state=state)
+
+
+def _classes(arch: str, state: dict[str, Tensor]) -> int:
+    """The number of outputs that the file's classifier has: the rows of the tensor that timm calls so, or of the last matrix."""
+    import timm
+    from timm.models import get_pretrained_cfg
+
+    cfg = (get_pretrained_cfg(arch) if timm.is_model(arch) else None) or None
+    told = cfg.classifier if cfg else None  # pyright: ignore[reportAttributeAccessIssue]
+    heads = [told] if isinstance(told, str) else list(told or ())
+    found = [state[f"{name}.weight"] for name in heads if f"{name}.weight" in state]
+    matrices = found or [value for value in state.values() if value.ndim in (2, 4)]
+    return len(matrices[-1]) if matrices else 1

@@ -1,0 +1,100 @@
+"""Files of the Hugging Face hub and of the web, in the caches that everybody shares.
+
+They are fetched with huggingface_hub and handed to timm: timm 1.0.9 beside huggingface_hub 1 or newer believes that there
+is no hub.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from robustify.errors import UserError
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+RANDOM = "or start from random weights: --set model.pretrained=false"
+
+
+def weight_file(repo: str, filename: str | None = None) -> Path:
+    """Return the weight file of a hub folder OWNER/NAME[@REVISION], safetensors where there is one. Raises UserError."""
+    safe, pickled = WEIGHTS
+    if filename:
+        return file(repo, filename)
+    return optional_file(repo, safe) or file(repo, pickled)
+
+
+def optional_file(repo: str, name: str) -> Path | None:
+    """Return the place of a file as `file` does, None when the folder has no such file."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return file(repo, name)
+    except UserError as error:
+        unreachable = isinstance(error.__cause__, LocalEntryNotFoundError)  # a kind of the other
+        if unreachable or not isinstance(error.__cause__, EntryNotFoundError):
+            raise
+        return None
+
+
+def file(repo: str, name: str) -> Path:
+    """Return the place of a hub folder's file on this machine, fetched if need be. Raises UserError."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    owner_name, _, revision = repo.partition("@")
+    options: dict[str, Any] = {"repo_id": owner_name, "filename": name, "revision": revision or None}
+    try:
+        try:  # what is here stays what it was, and needs no network
+            return Path(hf_hub_download(**options, local_files_only=True))
+        except LocalEntryNotFoundError:
+            return Path(hf_hub_download(**options))
+    except Exception as error:  # offline, unreachable, not there, not allowed
+        message, hint = _explain(repo, owner_name, name, error)
+        raise UserError(message, hint) from error
+
+
+def _explain(repo: str, owner_name: str, name: str, error: Exception) -> tuple[str, str]:
+    """Why a file could not be had, and what to do."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HFValidationError):
+        return f"{repo} is no name of a folder on the Hugging Face hub", "it has the form OWNER/NAME or OWNER/NAME@REVISION"
+    if isinstance(error, errors.GatedRepoError):
+        page = f"https://huggingface.co/{owner_name}"
+        return f"{repo} asks its readers to accept its terms", f"accept them on {page}, then: hf auth login"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{owner_name} has no revision {repo.partition('@')[2]}", f"see https://huggingface.co/{owner_name}/commits"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        hint = "check OWNER/NAME; a private one needs: hf auth login"
+        return f"there is no folder {owner_name} on the Hugging Face hub, or it is private", hint
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return f"{repo} has no {name}", f"see its files: https://huggingface.co/{owner_name}/tree/main"
+    reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+    if offline():
+        reason = "HF_HUB_OFFLINE is set"
+    hint = f"fetch it where there is a network (hf download {owner_name}) and pass its folder as the model; {RANDOM}"
+    return f"{name} of {repo} is not on this machine and could not be fetched: {reason}", hint
+
+
+def url_file(name: str, url: str) -> Path:
+    """Return the file at `url` in torch's cache, fetched if need be. Raises UserError. name: the model's, for messages."""
+    from timm.models._hub import download_cached_file, get_cache_dir
+
+    there = Path(get_cache_dir()) / url.rsplit("/", 1)[-1]
+    if offline() and not there.is_file():
+        raise UserError(
+            f"the weights of {name} are not on this machine, and HF_HUB_OFFLINE is set",
+            f"download them from {url} and put them at {there}; {RANDOM}",
+        )
+    try:
+        return Path(download_cached_file(url, progress=False))
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        hint = f"download them elsewhere and put them at {there}; {RANDOM}"
+        raise UserError(f"the weights of {name} could not be fetched from {url}: {reason}", hint) from error
+
+
+def offline() -> bool:
+    """Return whether the user forbids the network."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

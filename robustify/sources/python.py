@@ -1,0 +1,88 @@
+"""A network that a function of the user's own returns: `module:function`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from robustify.errors import UserError, nearest
+from robustify.pixels import PixelModel
+from robustify.sources.checkpoint import CUSTOM, Checkpoint
+from robustify.sources.options import Options, Size
+
+
+def is_name(text: str) -> bool:
+    """Return whether the text has the form `package.module:function`."""
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", text) is not None
+
+
+def build(name: str, options: Options) -> nn.Module:
+    """Call `module:function` with the options' arguments and return the network. Raises UserError.
+
+    This runs the user's code, who named it; a name that stands in a file never gets here.
+    """
+    module_name, _, function_name = name.partition(":")
+    if os.getcwd() not in sys.path:  # as `python -m` would have it
+        sys.path.insert(0, os.getcwd())
+    try:
+        function: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        hint = f"{name} means the function {function_name} in {module_name.replace('.', '/')}.py, here or installed"
+        raise UserError(f"the module {module_name} cannot be imported: {error}", hint) from error
+    for part in function_name.split("."):
+        known = [n for n in dir(function) if not n.startswith("_")]
+        function = getattr(function, part, None)
+        if function is None:
+            raise UserError(f"{module_name} has no {part!r}.{nearest(part, known)}", f"it has: {', '.join(known[:8])}")
+    args = dict(options.args)
+    if options.num_classes is not None:
+        args["num_classes"] = options.num_classes
+    try:
+        net = function(**args)
+    except Exception as error:
+        message = f"{name}({', '.join(f'{k}={v!r}' for k, v in args.items())}) raised {type(error).__name__}: {error}"
+        raise UserError(message, "it is called with the arguments behind its name: module:function:depth=20") from error
+    if not isinstance(net, nn.Module):
+        hint = "it must return an nn.Module that maps images [N, C, H, W] to logits [N, classes]"
+        raise UserError(f"{name} returned a {type(net).__name__}", hint)
+    return net
+
+
+def load(name: str, options: Options) -> Checkpoint:
+    """Return what `module:function` returns, with the weights it has. Raises UserError."""
+    return describe(build(name, options), name, options, name)
+
+
+def describe(
+    net: nn.Module, base_id: str, options: Options, example: str, usual: dict[str, Any] | None = None
+) -> Checkpoint:
+    """Return a user's network as a Checkpoint; `size` and the normalisation come from the options or from `usual`.
+
+    usual: a description in timm's words; without it the network's own `pretrained_cfg`, where it has one; without
+    that, [0,1] goes in as it is. Raises UserError when the size of the images is not known, or does not fit.
+    """
+    cfg = usual or getattr(net, "pretrained_cfg", None) or {}
+    if options.size is None and "input_size" not in cfg:
+        raise UserError(f"{base_id} does not say the size of its images", f"say it: {example}:size=32")
+    size: Size = options.input_size(tuple(cfg.get("input_size", (3, 0, 0))))
+    mean, std = options.mean or cfg.get("mean", (0.0,)), options.std or cfg.get("std", (1.0,))
+    model = PixelModel(net, mean, std).eval()
+    try:
+        with torch.no_grad():
+            logits = model(torch.zeros(1, *size))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{base_id} does not take images of {size}: {reason}", f"say the size: {example}:size=32") from error
+    if logits.ndim != 2:
+        hint = "it must map images [N, C, H, W] to logits [N, classes]"
+        raise UserError(f"{base_id} returns a tensor of shape {tuple(logits.shape)} for one image", hint)
+    return Checkpoint(
+        model=model, arch=CUSTOM, arch_args={}, num_classes=logits.shape[1], input_size=size, base_id=base_id,
+        pretrained=options.pretrained,
+    )  # fmt: skip
