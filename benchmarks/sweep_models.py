@@ -46,7 +46,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-SIDES = (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512)
+SIDES = (32, 56, 64, 96, 112, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512)
 STEP_SETTINGS = {"batch_size": 2, "lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "clip_norm": 1.0}
 DONE = ("passed", "same", "refused", "not run")
 
