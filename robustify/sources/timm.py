@@ -1,8 +1,10 @@
 """timm's models, and folders of the Hugging Face hub in timm's layout."""
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from robustify import layers
 from robustify.errors import UserError, nearest
 from robustify.pixels import PixelModel
 from robustify.sources import hub, local, transformers, weights
@@ -46,16 +48,22 @@ def load(name: str, options: Options) -> Checkpoint:
         raise UserError(f"{name} comes without a classifier, so it has no number of classes", hint)
     size = options.input_size(tuple(cfg["input_size"]))
     overlay: dict[str, Any] = {"tag": cfg.get("tag"), "input_size": size}
-    if pretrained:
-        overlay |= _weights(name, cfg, options.allow_pickle)
+    source = _weights(name, cfg, options.allow_pickle) if pretrained else {}
+    arguments = {"pretrained_cfg_overlay": overlay | source, "num_classes": classes, **options.args}
     try:
-        net = timm.create_model(
-            name, pretrained=pretrained, pretrained_cfg_overlay=overlay, num_classes=classes, **options.args
-        )
+        net = timm.create_model(name, pretrained=pretrained, **arguments)
+    except AssertionError as error:  # timm 1.0.9 takes LeViT's tensors in the order of the file
+        if "state_dict" not in source:
+            raise _unbuilt(name, options, size, error) from error
+        net = timm.create_model(name, **arguments | {"num_classes": own})
+        state = weights.named_for(net, source["state_dict"])
+        weights.fill(net, state, path=Path(name), what=name)
+        if classes != own:
+            layers.replace_classifier(net, size, classes)
     except Exception as error:
         raise _unbuilt(name, options, size, error) from error
-    for source in ("state_dict", "file"):  # timm keeps its overlay with the model: a second copy of all weights
-        vars(net)["pretrained_cfg"].pop(source, None)
+    for key in ("state_dict", "file"):  # timm keeps its overlay with the model: a second copy of all weights
+        vars(net)["pretrained_cfg"].pop(key, None)
     return Checkpoint(
         model=PixelModel(net, cfg["mean"], cfg["std"]).eval(), arch=arch, arch_args=dict(options.args), num_classes=classes,
         input_size=size, base_id=_base_id(name, cfg) if pretrained else arch,
