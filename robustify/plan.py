@@ -46,6 +46,10 @@ def planned(recipe: Recipe, checkpoint: Checkpoint, data: Data) -> dict[str, Any
     return {
         "model": checkpoint.base_id,
         "architecture": checkpoint.arch,
+        "images": _images(checkpoint),
+        "new classifier": f"for {checkpoint.num_classes} classes, random; it had {checkpoint.replaced}"
+        if checkpoint.replaced
+        else None,
         "license": checkpoint.license or "unknown",
         "data": f"{data.name}: {len(data.train)} train, {len(data.val)} held out, {len(data.test)} test",
         "threat": recipe.threat.spec,
@@ -63,6 +67,16 @@ def _passes(recipe: Recipe, bins: float, bws: float) -> float:
     method = recipe.method
     training = method.passes(0, 1) - method.passes(0, 0)  # backward passes to the weights, each with its forward pass
     return method.passes(bins, bws) + (training * (1 + bws) if recipe.train.awp else 0)
+
+
+def _images(checkpoint: Checkpoint) -> str:
+    """What goes into the network: the size of its images and their normalisation."""
+    model = checkpoint.model
+    size = " x ".join(map(str, checkpoint.input_size))
+    if not model.normalises:
+        return f"{size}, [0,1] as it is"
+    mean, std = (", ".join(f"{v:.4g}" for v in values.flatten().tolist()) for values in (model.mean, model.std))
+    return f"{size}, normalised with mean {mean} and standard deviation {std}"
 
 
 def _time_one_step(recipe: Recipe, checkpoint: Checkpoint, data: Data, accelerator: Any) -> dict[str, Any]:

@@ -21,22 +21,44 @@ from robustify.errors import UserError
 # files that hold two models, of which RobustBench measured the last.
 WRAPPINGS = ("last", "state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
+COMPILED = {"torchscript": "TorchScript", "torch.export": "a program of torch.export", "onnx": "ONNX"}
 CONSTANTS = ("mu", "sigma", "mean", "std")  # normalisation that some architectures set themselves
 
 
 def kind(path: Path) -> str:
-    """Return what the first bytes say: `safetensors`, `torch`, `html`, `pointer`, `empty` or `unknown`."""
+    """Return what the first bytes say it is.
+
+    `safetensors`, `torch`; `torchscript`, `torch.export` and `onnx`, which hold a compiled network; `html`, `pointer`
+    (of git-lfs), `empty` or `unknown`.
+    """
     with open(path, "rb") as file:
         head = file.read(256)
     if not head:
         return "empty"
     if head[8:9] == b"{":
         return "safetensors"
-    if head.startswith((b"PK", b"\x80")):
+    if head.startswith(b"PK"):
+        return _kind_of_archive(path)
+    if head.startswith(b"\x80"):
         return "torch"
+    if path.suffix == ".onnx" or head[:1] == b"\x08" and b"pytorch" in head:
+        return "onnx"
     if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<"):
         return "html"
     return "pointer" if head.startswith(b"version https://git-lfs") else "unknown"
+
+
+def _kind_of_archive(path: Path) -> str:
+    """What a zip archive of PyTorch holds; `torch` for a damaged one too, which reading it will tell."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.partition("/")[2] or name for name in archive.namelist()]
+    except zipfile.BadZipFile:
+        return "torch"
+    if any(name in ("constants.pkl", "bytecode.pkl") for name in names):
+        return "torchscript"
+    exported = ("serialized_exported_program.json", "archive_format", "serialized_state_dict.pt")
+    return "torch.export" if any(name in exported or name.startswith("models/") for name in names) else "torch"
 
 
 def read(path: Path, allow_pickle: bool = False) -> dict[str, Tensor]:
@@ -49,6 +71,9 @@ def read(path: Path, allow_pickle: bool = False) -> dict[str, Tensor]:
         return _tensors(_read_safetensors(path), path)
     if found == "torch":
         return _tensors(_read_torch(path, allow_pickle), path)
+    if found in COMPILED:
+        hint = "save its weights where its class is at hand: torch.save(net.state_dict(), 'weights.pt'); then weights.pt:arch=NAME"
+        raise UserError(f"{path} is {COMPILED[found]}, a compiled network whose layers cannot be found and trained", hint)
     wrong = {
         "html": "is a web page, not a weight file: the server sent its confirmation or error page instead",
         "pointer": "is a git-lfs pointer, not the weight file itself: run `git lfs pull` in its folder",

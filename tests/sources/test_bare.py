@@ -1,0 +1,145 @@
+"""Weight files whose network the user names, and networks that a function of the user's own returns."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from source_folders import shake
+from torch import nn
+
+from robustify import api, sources
+from robustify.errors import UserError
+
+MODULE = """
+import torch
+from torch import nn
+
+def make(width=4, num_classes=3):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
+
+def features():
+    return nn.Conv2d(3, 4, 3)
+
+def number():
+    return 7
+
+def fails():
+    raise RuntimeError("no such depth")
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module of the user's own in the working directory."""
+    (tmp_path / "mynets.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "mynets", raising=False)
+    return tmp_path
+
+
+def resnet(classes=6):
+    net = timm.create_model("resnet10t", num_classes=classes).eval()
+    shake(net)
+    return net
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_state_dict_with_its_architecture(tmp_path, suffix):
+    net, path = resnet(), tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(net.state_dict(), path)
+    checkpoint = sources.load(f"{path}:arch=resnet10t,size=32,mean=0.5,std=0.25")
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(checkpoint.model(x), net((x - 0.5) / 0.25))
+    assert (checkpoint.arch, checkpoint.num_classes, checkpoint.input_size) == ("resnet10t", 6, (3, 32, 32))
+    assert (checkpoint.base_id, checkpoint.license, checkpoint.pretrained) == (path.name, None, True)
+    other = sources.load(f"{path}:arch=resnet10t", num_classes=4)
+    assert (other.num_classes, other.replaced, other.pretrained) == (4, 6, False)
+    usual = timm.create_model("resnet10t").default_cfg  # without a word the architecture's own normalisation
+    assert other.model.mean.flatten().tolist() == pytest.approx(usual["mean"])
+
+
+def test_what_training_scripts_wrap_around_it(tmp_path):
+    net = resnet()
+    wrapped = {"model": {f"module.{k}": v for k, v in net.state_dict().items()}, "epoch": 3}
+    torch.save(wrapped, tmp_path / "a.pth.tar")
+    checkpoint = sources.load(f"{tmp_path / 'a.pth.tar'}:arch=resnet10t,size=32")
+    assert torch.equal(checkpoint.model.net(torch.ones(1, 3, 32, 32)), net(torch.ones(1, 3, 32, 32)))
+
+
+def test_what_is_missing_is_asked_for(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save(resnet().state_dict(), path)
+    with pytest.raises(UserError, match="not the network that they belong to") as error:
+        sources.load(str(path))
+    assert f"{path}:arch=resnet18" in error.value.hint
+    with pytest.raises(UserError, match="there is no file"):
+        sources.load(str(tmp_path / "other.pt"))
+    with pytest.raises(UserError, match="no architecture 'resnet10x'. Did you mean resnet10t"):
+        sources.load(f"{path}:arch=resnet10x")
+    with pytest.raises(UserError, match="does not fit resnet18"):
+        sources.load(f"{path}:arch=resnet18")
+    path.write_bytes(b"<html>")
+    with pytest.raises(UserError, match="is a web page"):
+        sources.load(f"{path}:arch=resnet10t")
+
+
+def test_compiled_networks_are_recognised(tmp_path):
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).eval(), torch.rand(1, 3, 2, 2)
+    torch.jit.trace(net, x).save(str(tmp_path / "a.pt"))
+    torch.export.save(torch.export.export(net, (x,)), str(tmp_path / "a.pt2"))
+    (tmp_path / "a.onnx").write_bytes(b"\x08\x07\x12\x07pytorch")
+    for name, said in (("a.pt", "TorchScript"), ("a.pt2", "torch.export"), ("a.onnx", "ONNX")):
+        with pytest.raises(UserError, match=f"{name} is .*{said}, a compiled network"):
+            sources.load(str(tmp_path / name))
+
+
+def test_a_function_of_ones_own(mine):
+    checkpoint = sources.load("mynets:make:size=8,width=5")
+    assert checkpoint.model.net[0].out_channels == 5
+    assert (checkpoint.arch, checkpoint.num_classes, checkpoint.input_size) == ("custom", 3, (3, 8, 8))
+    assert checkpoint.base_id == "mynets:make"
+    assert not checkpoint.model.normalises
+    assert sources.load("mynets:make:size=8", num_classes=7).num_classes == 7
+
+
+def test_what_is_exported_of_it_loads_again(mine):
+    checkpoint = sources.load("mynets:make:size=8,mean=0.5,std=0.25")
+    api.export(checkpoint, "out")
+    x = torch.rand(2, 3, 8, 8)
+    with pytest.raises(UserError, match="class of your own") as error:
+        sources.load("out")
+    assert "out:arch=module:function" in error.value.hint
+    again = sources.load("out:arch=mynets:make")
+    assert again.input_size == (3, 8, 8)
+    assert torch.equal(again.model(x), checkpoint.model(x))
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("mynetz:make:size=8", "mynetz cannot be imported"),
+        ("mynets:mak:size=8", "has no 'mak'. Did you mean make"),
+        ("mynets:number:size=8", "returned a int"),
+        ("mynets:fails:size=8", "raised RuntimeError: no such depth"),
+        ("mynets:make:size=8,depth=3", "raised TypeError"),
+        ("mynets:make", "does not say the size of its images"),
+        ("mynets:make:size=2", "does not take images of .3, 2, 2."),
+        ("mynets:features:size=8", "returns a tensor of shape .1, 4, 6, 6."),
+    ],
+)
+def test_mistakes_of_functions(mine, source, said):
+    with pytest.raises(UserError, match=said):
+        sources.load(source)
+
+
+def test_a_folder_never_names_code(mine):
+    """config.json comes from other people: a function in it is not called."""
+    (mine / "evil").mkdir()
+    (mine / "evil" / "config.json").write_text(json.dumps({"architecture": "mynets:make", "num_classes": 3}))
+    with pytest.raises(UserError, match="no architecture 'mynets:make'"):
+        sources.load("evil")
