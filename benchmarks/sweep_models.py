@@ -236,7 +236,7 @@ def _publish(source: str, net: nn.Module, folder: Path) -> str:
     """Write the weights where `sources.load` looks for them; return their kind, '' where nothing is published."""
     from timm.models import get_pretrained_cfg
 
-    from robustify.sources import published, robustbench
+    from robustify.sources import robustbench
 
     prefix, name = source.split(":")
     state = {key: value.detach().clone().contiguous() for key, value in net.state_dict().items()}
@@ -443,13 +443,17 @@ def machine(largest: int, folder: Path | None = None) -> Iterator[Machine]:
     from huggingface_hub import constants
 
     from robustify.distributed import make_accelerator
+    from robustify.sources import robustbench
 
+    robustbench.unlisted()  # imports it
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=folder, prefix="sweep-") as scratch:
         os.environ |= {"HF_HUB_OFFLINE": "1", "TORCH_HOME": f"{scratch}/torch"}
         constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE = True, f"{scratch}/hub"
         reader = Reader()
         try:
+            gc.collect()
+            gc.freeze()  # a third of the sweep's time went into looking at the libraries' objects again and again
             with quick_initialisation():
                 yield Machine(Path(scratch), largest, reader, make_accelerator())
         finally:
