@@ -48,7 +48,7 @@ def load(path: Path, options: Options) -> Checkpoint:
 
 
 def _classes(arch: str, state: dict[str, Tensor]) -> int:
-    """The number of outputs that the file's classifier has: the rows of the tensor that timm calls so, or of the last matrix."""
+    """The outputs of the file's classifier: the rows of the tensor that timm calls so, else of the last matrix."""
     import timm
     from timm.models import get_pretrained_cfg
 

@@ -82,10 +82,7 @@ def load(folder: Path, options: Options, *, base_id: str | None = None) -> Check
     config = {**json.loads((folder / "config.json").read_text(encoding="utf8")), **options.args}
     own = len(config.get("id2label") or ()) or config.get("num_labels") or 2  # transformers' default is 2
     classes = options.num_classes or own
-    if options.pretrained:
-        net = _filled(library, folder, classes, options)
-    else:
-        net = build(config, classes).net
+    net = _filled(library, folder, classes, options) if options.pretrained else build(config, classes).net
     size, mean, std = _preprocessing(folder, config)
     kept = {key: value for key, value in net.config.to_dict().items() if key not in ("id2label", "label2id")}
     kept["num_labels"] = classes
@@ -127,10 +124,9 @@ def _preprocessing(folder: Path, config: Mapping[str, Any]) -> tuple[tuple[int, 
     size = told.get("crop_size") if told.get("do_center_crop") else told.get("size")
     size = size or config.get("image_size") or 224
     if isinstance(size, dict):
-        side = size.get("shortest_edge")
-        height, width = size.get("height", side), size.get("width", side)
-    else:
-        height, width = size if isinstance(size, list) else (size, size)
+        side = size.get("shortest_edge", 224)
+        size = [size.get("height", side), size.get("width", side)]
+    height, width = size if isinstance(size, list) else (size, size)
     channels = config.get("num_channels", 3)
     # it takes pixels from 0 to 255, multiplies, then normalises
     scale = 255 * told.get("rescale_factor", 1 / 255) if told.get("do_rescale", True) else 255.0

@@ -41,7 +41,7 @@ def kind(path: Path) -> str:
         return _kind_of_archive(path)
     if head.startswith(b"\x80"):
         return "torch"
-    if path.suffix == ".onnx" or head[:1] == b"\x08" and b"pytorch" in head:
+    if path.suffix == ".onnx" or (head[:1] == b"\x08" and b"pytorch" in head):
         return "onnx"
     if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<"):
         return "html"
@@ -72,7 +72,7 @@ def read(path: Path, allow_pickle: bool = False) -> dict[str, Tensor]:
     if found == "torch":
         return _tensors(_read_torch(path, allow_pickle), path)
     if found in COMPILED:
-        hint = "save its weights where its class is at hand: torch.save(net.state_dict(), 'weights.pt'); then weights.pt:arch=NAME"
+        hint = "save its weights where its class is at hand, torch.save(net.state_dict(), FILE), and pass FILE:arch=NAME"
         raise UserError(f"{path} is {COMPILED[found]}, a compiled network whose layers cannot be found and trained", hint)
     wrong = {
         "html": "is a web page, not a weight file: the server sent its confirmation or error page instead",

@@ -20,7 +20,8 @@ from torch import nn
 
 def make(width=4, num_classes=3):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
+    pool = nn.AdaptiveAvgPool2d(1)
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), pool, nn.Flatten(), nn.Linear(width, num_classes))
 
 def features():
     return nn.Conv2d(3, 4, 3)
@@ -79,7 +80,7 @@ def test_what_is_missing_is_asked_for(tmp_path):
     assert f"{path}:arch=resnet18" in error.value.hint
     with pytest.raises(UserError, match="there is no file"):
         sources.load(str(tmp_path / "other.pt"))
-    with pytest.raises(UserError, match="no architecture 'resnet10x'. Did you mean resnet10t"):
+    with pytest.raises(UserError, match=r"no architecture 'resnet10x'\. Did you mean resnet10t"):
         sources.load(f"{path}:arch=resnet10x")
     with pytest.raises(UserError, match="does not fit resnet18"):
         sources.load(f"{path}:arch=resnet18")

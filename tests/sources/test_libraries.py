@@ -130,7 +130,7 @@ def test_transformers_mistakes(vit):
     weights.write_bytes(whole)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(UserError, match="do not fit its config.json"):
+    with pytest.raises(UserError, match=r"do not fit its config\.json"):
         sources.load(str(folder))
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
     with pytest.raises(UserError, match="transformers"):

@@ -17,7 +17,7 @@ from robustify.sources.options import split
         (" timm:resnet18 ", "timm:resnet18", {}),
         ("resnet18:size=64", "resnet18", {"size": 64}),
         ("a/b.pt:arch=my.nets:make", "a/b.pt", {"arch": "my.nets:make"}),
-        ("a.pt:arch=resnet18, size=[1,28,28],mean=[0.1, 0.2]", "a.pt", {"arch": "resnet18", "size": (1, 28, 28), "mean": (0.1, 0.2)}),
+        ("a.pt:size=[1,28,28], mean=[0.1, 0.2]", "a.pt", {"size": (1, 28, 28), "mean": (0.1, 0.2)}),
         ("x:y:std=0.5,depth=20,act_layer=silu", "x:y", {"std": (0.5,), "args": {"depth": 20, "act_layer": "silu"}}),
     ],
 )  # fmt: skip
