@@ -128,7 +128,7 @@ def _build(
     known = {field.name for field in dataclasses.fields(PretrainedCfg)}
     usual = get_pretrained_cfg(arch) or PretrainedCfg()
     said = {name: value for name, value in cfg.items() if name in known and value is not None}
-    both = usual.to_dict(remove_source=True) | said | {"num_classes": num_classes}
+    both: dict[str, Any] = usual.to_dict(remove_source=True) | said | {"num_classes": num_classes}
     both["input_size"] = options.input_size(tuple(both["input_size"]))
     try:
         return timm.create_model(arch, num_classes=num_classes, pretrained_cfg=both, **args)

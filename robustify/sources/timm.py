@@ -49,7 +49,7 @@ def load(name: str, options: Options) -> Checkpoint:
     size = options.input_size(tuple(cfg["input_size"]))
     overlay: dict[str, Any] = {"tag": cfg.get("tag"), "input_size": size}
     source = _weights(name, cfg, options.allow_pickle) if pretrained else {}
-    arguments = {"pretrained_cfg_overlay": overlay | source, "num_classes": classes, **options.args}
+    arguments: dict[str, Any] = {"pretrained_cfg_overlay": overlay | source, "num_classes": classes, **options.args}
     try:
         net = timm.create_model(name, pretrained=pretrained, **arguments)
     except AssertionError as error:  # timm 1.0.9 takes LeViT's tensors in the order of the file

@@ -82,7 +82,7 @@ def load(folder: Path, options: Options, *, base_id: str | None = None) -> Check
     config = {**json.loads((folder / "config.json").read_text(encoding="utf8")), **options.args}
     own = len(config.get("id2label") or ()) or config.get("num_labels") or 2  # transformers' default is 2
     classes = options.num_classes or own
-    net = _filled(library, folder, classes, options) if options.pretrained else build(config, classes).net
+    net: Any = _filled(library, folder, classes, options) if options.pretrained else build(config, classes).net
     size, mean, std = _preprocessing(folder, config)
     kept = {key: value for key, value in net.config.to_dict().items() if key not in ("id2label", "label2id")}
     kept["num_labels"] = classes
@@ -93,7 +93,7 @@ def load(folder: Path, options: Options, *, base_id: str | None = None) -> Check
     )  # fmt: skip
 
 
-def _filled(library: Any, folder: Path, classes: int, options: Options) -> nn.Module:
+def _filled(library: Any, folder: Path, classes: int, options: Options) -> Any:
     """The network with the folder's weights, which transformers reads: it knows the names its older versions used."""
     pickled = not (folder / hub.WEIGHTS[0]).is_file()
     if pickled and not (folder / hub.WEIGHTS[1]).is_file():
