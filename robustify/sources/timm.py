@@ -55,7 +55,7 @@ def load(name: str, options: Options) -> Checkpoint:
     except AssertionError as error:  # timm 1.0.9 takes LeViT's tensors in the order of the file
         if "state_dict" not in source:
             raise _unbuilt(name, options, size, error) from error
-        net = timm.create_model(name, **arguments | {"num_classes": own})
+        net = timm.create_model(name, pretrained=False, **{**arguments, "num_classes": own})
         state = weights.named_for(net, source["state_dict"])
         weights.fill(net, state, path=Path(name), what=name)
         if classes != own:
