@@ -81,6 +81,7 @@ def evaluate(
     resume_folder: str | Path | None = None,
     keep_adversarials: bool = False,
     finished: Report | None = None,
+    surrogate: Model | None = None,
     world: World | None = None,
     listener: Listener | None = None,
 ) -> Report:
@@ -94,7 +95,8 @@ def evaluate(
     split: test, val or train, of a Data or a name; of a name, the seed also says which images are held out for val.
     check: look for signs of gradient masking and of broken models, on 64 images; what is found is in `report.notes`.
     fast_search, resume_folder, keep_adversarials, finished: as in robustify.evaluation; the command line's
-    --fast-search, --resume and --keep-adversarials.
+    --fast-search, --resume and --keep-adversarials. surrogate: another network of the same classes, in any form that
+    `model` has; what fools it is tried on the model, a sign of gradient masking where that beats the other attacks.
     Raises UserError for what the user can mend.
     """
     pixel_model, checkpoint = _pixel_model(model, mean, std)
@@ -104,6 +106,7 @@ def evaluate(
         message = f"{checkpoint.base_id} has {checkpoint.num_classes} classes, {name} has {classes}"
         raise UserError(message, "take data of the same classes")
     _takes(pixel_model, images)
+    other = _surrogate(surrogate, pixel_model, images, mean, std) if surrogate is not None else None
 
     def tell(stage: str, done: int, total: int) -> None:
         if listener is not None:
@@ -126,6 +129,7 @@ def evaluate(
         resume_folder=Path(resume_folder) if resume_folder else None,
         keep_adversarials=keep_adversarials,
         finished=finished,
+        surrogate=other,
         model_id=model_id or (checkpoint.base_id if checkpoint else type(pixel_model.net).__name__),
     )
 
@@ -215,13 +219,27 @@ def _images(
     return images, f"tensors ({datasets.digest(images)})", None
 
 
-def _takes(model: PixelModel, images: Split) -> None:
-    """Raise UserError unless the model takes images of this shape."""
+def _surrogate(
+    surrogate: Model, model: PixelModel, images: Split, mean: Sequence[float], std: Sequence[float]
+) -> tuple[str, PixelModel]:
+    """Return the surrogate's name and network, on the model's device. Raises UserError when it has other classes."""
+    other, checkpoint = _pixel_model(surrogate, mean, std)
+    name = checkpoint.base_id if checkpoint else type(other.net).__name__
+    other.to(next((w.device for w in model.parameters()), torch.device("cpu")))
+    classes, own = _takes(other, images), _takes(model, images)
+    if classes != own:
+        message = f"the surrogate {name} has {classes} classes, the model {own}"
+        raise UserError(message, "take a network of the same classes")
+    return name, other
+
+
+def _takes(model: PixelModel, images: Split) -> int:
+    """Return the number of classes. Raises UserError unless the model takes images of this shape."""
     x, _ = images.batch([0])
     device = next((w.device for w in model.parameters()), torch.device("cpu"))
     try:
         with borrowed(model), torch.no_grad():
-            model(x.to(device))
+            return model(x.to(device)).shape[-1]
     except RuntimeError as error:
         raise UserError(f"the model does not take images of shape {tuple(x.shape[1:])}: {error}") from None
 

@@ -12,12 +12,13 @@ from torch import nn
 from robustify import sanity
 from robustify.attacks import AttackSpec
 from robustify.attacks.autoattack import check as authors_check
-from robustify.attacks.cascade import AUTHORS
+from robustify.attacks.cascade import AUTHORS, Cascade, Stage
+from robustify.attacks.transfer import transfer
 from robustify.data import Split
 from robustify.distributed import World
 from robustify.distributional import Search, bought, moved_together, search, search_name
 from robustify.errors import UserError
-from robustify.measure import Clean, Passes, Run, Tell, counted, measure_clean
+from robustify.measure import Clean, Passes, Run, Tell, counted, measure_clean, withstands
 from robustify.modes import Shadow
 from robustify.pieces import Pieces, same_facts
 from robustify.pixels import PixelModel
@@ -60,6 +61,7 @@ def evaluate(
     resume_folder: Path | None = None,
     keep_adversarials: bool = False,
     finished: Report | None = None,
+    surrogate: tuple[str, nn.Module] | None = None,
 ) -> Report:
     """Measure clean accuracy and each attack under each threat, on the same images. Returns a Report with verdicts.
 
@@ -74,7 +76,8 @@ def evaluate(
     sound, and faster where the device has bfloat16, but not verdict for verdict what the full search finds; the report
     says so. resume_folder: finished batches are stored there, and those found there are not attacked again;
     `pieces.finish` ends it once the report is saved. keep_adversarials: the batches hold the adversarial images, for
-    `recheck`. finished: a report that is returned as it is, if it is of this very evaluation.
+    `recheck`. finished: a report that is returned as it is, if it is of this very evaluation. surrogate: name and network
+    of the same classes; PGD on it is one more attack on the model, and a sign of masking where it beats the others.
 
     Raises UserError for bad attacks, n, or images, when the model changes under evaluation, and when resume_folder or
     `finished` was begun with another model, data or settings.
@@ -107,6 +110,7 @@ def evaluate(
         "attacks": [f"{spec} {threat.spec}" for _, spec, threat in plan],
         "fast_search": fast_search,
         "keep_adversarials": keep_adversarials,
+        "surrogate": model_digest(surrogate[1]) if surrogate else None,
     }
     if finished is not None:
         same_facts(finished.facts, facts, "the report", "--force replaces the report, -o names another")
@@ -123,6 +127,13 @@ def evaluate(
     distances: dict[str, np.ndarray] = {}
     if any(stage.run in AUTHORS for _, spec, threat in plan for stage in spec.cascade(threat, clean.classes).stages):
         notes += sanity.of_warnings(run.gather_texts(_authors_warnings(run) if world.is_main else []), "pyautoattack")
+    if surrogate is not None:
+        stage = Stage("transfer", transfer(surrogate[1]), {"steps": 20})
+        settings = {"surrogate": surrogate[0], "surrogate_accuracy": _accuracy(run, surrogate[1]), **stage.settings}
+        for threat in dict.fromkeys(threat.pointwise() for threat in several):
+            row, held, size = pointwise(run, "transfer", Cascade("", (stage,)), settings, threat, clean)
+            rows.append(row)
+            verdicts[row.key], distances[row.key] = held, size
     searches: dict[str, Search] = {}
     nearest: dict[Norm, np.ndarray] = {}  # by which any attack so far flipped each image
     for name, spec, threat in plan:
@@ -137,8 +148,9 @@ def evaluate(
             row, verdicts[f"{name} {threat.spec}"], size = moved_together(run, name, spec, threat, clean.right)
             nearest[threat.norm] = np.minimum(nearest.get(threat.norm, size), size)
         else:
-            row, verdicts[f"{name} {threat.spec}"], size = pointwise(run, name, spec, threat, clean)
-            distances[row.key] = size
+            cascade = spec.cascade(threat, clean.classes)
+            row, held, size = pointwise(run, name, cascade, spec.settings, threat, clean)
+            verdicts[row.key], distances[row.key] = held, size
             nearest[threat.norm] = np.minimum(nearest.get(threat.norm, size), size)
             notes += sanity.of_warnings(run.gather_texts(run.warned), row.key)
             run.warned.clear()
@@ -194,6 +206,12 @@ def _model_notes(run: Run, clean: Clean) -> list[str]:
             "attacks look weaker than they are. Evaluate the model without its softmax."
         )
     return notes
+
+
+def _accuracy(run: Run, model: nn.Module) -> float:
+    """Accuracy of another model on the first of the images."""
+    ((x, y),) = run.read([np.arange(min(len(run.chosen), sanity.IMAGES))])
+    return float(withstands(model, x, y).double().mean())
 
 
 def _look_at(run: Run) -> str:

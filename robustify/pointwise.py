@@ -6,13 +6,13 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from robustify.attacks import AttackSpec
-from robustify.attacks.cascade import Stage
+from robustify.attacks.cascade import Cascade, Stage
 from robustify.flips import distance
 from robustify.measure import Clean, Passes, Run, check_budget, counted, gathered, withstands
 from robustify.pieces import Arrays
@@ -21,11 +21,10 @@ from robustify.threat import ThreatModel
 
 
 def pointwise(
-    run: Run, name: str, spec: AttackSpec, threat: ThreatModel, clean: Clean
+    run: Run, name: str, cascade: Cascade, settings: dict[str, Any], threat: ThreatModel, clean: Clean
 ) -> tuple[Row, np.ndarray, np.ndarray]:
     """The row of a pointwise attack, whether each image withstands it, and the size of what fooled it."""
     held, distance = clean.right.copy(), np.where(clean.right, np.inf, 0).astype(np.float32)
-    cascade = spec.cascade(threat, clean.classes)
     forward, backward, seconds = 0.0, 0.0, 0.0
     left: list[int] = []
     for index, stage in enumerate(cascade.stages):
@@ -39,7 +38,7 @@ def pointwise(
         forward, backward, seconds = forward + total[0], backward + total[1], seconds + total[2] / run.world.size
         run.warned += [str(text) for piece in done for text in piece["warnings"]]
         left.append(int(held.sum()))
-    settings = dict(spec.settings)
+    settings = dict(settings)
     if cascade.label:
         settings |= {"version": cascade.label, "stages": [str(stage) for stage in cascade.stages], "left": left}
     if run.search is not run.model:

@@ -26,6 +26,8 @@ IMAGES = 64  # that the checks look at
 LARGE = 0.5  # Linf radius at which every image can be made grey
 _STEPS = 20
 _SLACK = 0.002  # of accuracy: what pyautoattack's own check allows Square to gain
+_FEW = 3  # images more or less are no sign of anything
+_ENOUGH = 20  # images of which a share says something
 _MANY = 0.1  # share of images that is no accident
 _DIFFERENT = 1e-4  # of the largest logit: beyond rounding
 
@@ -69,7 +71,7 @@ def of_clean(row: Row, classes: int) -> list[str]:
 
 
 def of_rows(rows: Sequence[Row], verdicts: Mapping[str, np.ndarray]) -> list[str]:
-    """Notes on weak attacks that beat strong ones on the same images."""
+    """Notes on weak attacks that beat strong ones on the same images, by more than a few of them."""
     notes = []
     for threat in dict.fromkeys(row.threat for row in rows if row.kind == "pointwise"):
         named: dict[str, list[Row]] = {}
@@ -78,29 +80,41 @@ def of_rows(rows: Sequence[Row], verdicts: Mapping[str, np.ndarray]) -> list[str
                 named.setdefault(row.attack.partition(":")[0], []).append(row)
         for pgd in named.get("pgd", []):
             for fgsm in named.get("fgsm", []):
-                if fgsm.correct < pgd.correct:
+                if _beats(fgsm.correct, pgd.correct, pgd.n):
                     only = int((verdicts[pgd.key] & ~verdicts[fgsm.key]).sum())
                     notes.append(
                         f"One step (FGSM, {percent(fgsm.accuracy)}) beats many (PGD, {percent(pgd.accuracy)}) under "
                         f"{threat}, and fools {only} images that PGD does not: a sign of gradient masking."
                     )
-        white = [row for name in ("pgd", "apgd-ce", "apgd-t", "fab-t", "screen") for row in named.get(name, [])]
-        for black in named.get("square", []) if white else []:
-            best = min(white, key=lambda row: row.correct)
-            notes += _black_beats_white(black.accuracy, best.accuracy, best.attack, str(threat))
+        names = ("pgd", "apgd-ce", "apgd-t", "fab-t", "screen")
+        white = [(row.correct, row.attack) for name in names for row in named.get(name, [])]
         for row in named.get("autoattack", []):
             left = row.settings["left"]
             if len(left) == len(row.settings["stages"]) and len(left) > 1:
-                notes += _black_beats_white(left[-1] / row.n, left[-2] / row.n, "the three before it", str(threat))
+                notes += _black_beats_white(row, "Square", left[-1], (left[-2], "the three before it"))
+                white.append((left[-2], "AutoAttack's white-box attacks"))
+        for row in named.get("square", []) if white else []:
+            notes += _black_beats_white(row, "Square", row.correct, min(white))
+        for row in named.get("transfer", []) if white else []:
+            right = percent(row.settings["surrogate_accuracy"])
+            source = f"Transfer from {row.settings['surrogate']} (itself {right} on the first clean images)"
+            notes += _black_beats_white(row, source, row.correct, min(white))
     return notes
 
 
-def _black_beats_white(black: float, white: float, name: str, threat: str) -> list[str]:
-    if black >= white - _SLACK:
+def _beats(weak: float, strong: float, n: int) -> bool:
+    """Whether an attack that should be weaker leaves clearly fewer of n images."""
+    return strong - weak >= _FEW and strong - weak > _SLACK * n
+
+
+def _black_beats_white(row: Row, black: str, left: float, white: tuple[float, str]) -> list[str]:
+    """left, white[0]: images that withstand the black-box attack, and the best of the others."""
+    if not _beats(left, white[0], row.n):
         return []
     return [
-        f"Square, which sees no gradients, brings {percent(white)} ({name}) down to {percent(black)} under {threat}: a "
-        "sign of gradient masking. Run Square with more queries, or an attack made for this model."
+        f"{black}, which sees no gradients of the model, brings {percent(white[0] / row.n)} ({white[1]}) down to "
+        f"{percent(left / row.n)} under {row.threat}: a sign of gradient masking. Run it with more queries or steps, or "
+        "an attack made for this model."
     ]
 
 
@@ -154,7 +168,7 @@ def _is_normalised(model: nn.Module, x: Tensor, y: Tensor, right: Tensor, found:
     plain = float(right.double().mean())
     other = float((model((x - mean) / deviation.clamp_min(1e-3)).argmax(1) == y).double().mean())
     found.evidence["accuracy_if_normalised"] = other
-    if other > plain + _MANY:
+    if other > plain + _MANY and len(x) >= _ENOUGH:
         found.notes.append(
             f"On normalised images the accuracy would be {percent(other)} instead of {percent(plain)} (first {len(x)} "
             "images): the model seems to expect normalised images. Give its mean and std."
@@ -178,6 +192,8 @@ def _gradients_lead_somewhere(model: nn.Module, x: Tensor, y: Tensor, found: Fin
     stuck = float((standing & (losses[-1] <= losses[0])).double().mean())
     none = float(zeros[0].double().mean())
     found.evidence.update(accuracy_at_large_eps=stands, zero_gradients=none, iterates_not_improving=stuck)
+    if len(x) < _ENOUGH:
+        return
     if none > _MANY:
         found.notes.append(
             f"The gradient of the cross entropy is exactly zero on {percent(none)} of {len(x)} images: saturated "

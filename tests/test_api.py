@@ -5,10 +5,12 @@ import importlib
 
 import pytest
 import torch
+from helpers import tiny_net, toy_data
 from torch import nn
 
 import robustify
 from robustify import pixels
+from robustify.errors import UserError
 
 X, Y = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 10
 
@@ -69,3 +71,8 @@ def test_export_of_a_checkpoint_reads_back(tmp_path):
     folder = robustify.export(checkpoint, tmp_path / "model")
     again = robustify.load(folder)
     assert torch.equal(again.model(X), checkpoint.model(X))
+
+
+def test_a_surrogate_of_other_classes_is_refused():
+    with pytest.raises(UserError, match="the surrogate Sequential has 3 classes, the model 4"):
+        robustify.evaluate(tiny_net(), toy_data(8), attacks=["fgsm"], surrogate=tiny_net(classes=3))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -83,7 +85,7 @@ def test_black_box_beats_white_box_where_gradients_mislead(model):
     report = looked_at(
         Quantised(model), ["pgd:steps=3", "square:queries=30", "autoattack:steps=2,queries=30,targets=1"]
     )
-    assert any(note.startswith("Square") and "(pgd)" in note for note in report.notes), report.notes
+    assert any(note.startswith("Square") and "white-box attacks)" in note for note in report.notes), report.notes
     assert any(note.startswith("Square") and "(the three before it)" in note for note in report.notes), report.notes
 
 
@@ -91,12 +93,43 @@ def test_one_step_that_beats_many_is_told():
     def row(name: str, verdict: np.ndarray) -> Row:
         return Row(name, "Linf:8/255", len(verdict), int(verdict.sum()))
 
-    weak, strong = np.array([True] * 6 + [False] * 4), np.array([True] * 5 + [False] * 2 + [True] * 3)
+    weak, strong = np.array([True] * 12 + [False] * 8), np.array([True] * 10 + [False] * 4 + [True] * 6)
     rows = [row("fgsm", weak), row("pgd", strong)]
     (note,) = sanity.of_rows(rows, {rows[0].key: weak, rows[1].key: strong})
     assert "FGSM, 60.00 %" in note
-    assert "fools 3 images that PGD does not" in note
+    assert "fools 6 images that PGD does not" in note
     assert sanity.of_rows([row("fgsm", strong), row("pgd", weak)], {}) == []
+    few = strong & (np.arange(20) != 19) & (np.arange(20) != 18)  # two images more are no sign
+    assert sanity.of_rows([row("fgsm", few), row("pgd", strong)], {}) == []
+
+
+def test_shares_of_a_few_images_are_no_sign(model):
+    class Quantised(Wrapped):
+        def forward(self, x):
+            return self.net(torch.round(x * 16) / 16)
+
+    x = toy_data(12)[0]
+    report = looked_at(Quantised(model), split=labelled(model, x))
+    assert report.checks["zero_gradients"] == 1  # the evidence is there
+    assert not any("gradient" in note for note in report.notes)
+
+
+def test_a_surrogate_that_beats_white_box_attacks_is_told(model):
+    class Rounded(Wrapped):
+        def forward(self, x):
+            return self.net(torch.round(x * 255) / 255)
+
+    def notes(net: nn.Module, steps: int) -> list[str]:
+        report = evaluate(net, labelled(model), [f"pgd:steps={steps}"], THREAT, surrogate=("plain", copy.deepcopy(model)))
+        row = next(row for row in report.rows if row.attack == "transfer")
+        assert row.settings == {"surrogate": "plain", "surrogate_accuracy": pytest.approx(0.89, abs=0.01), "steps": 20}
+        assert row.passes["backward"] == 0
+        assert report.headline(THREAT.spec).correct <= row.correct
+        return report.notes
+
+    (note,) = notes(Rounded(model), 3)
+    assert "Transfer from plain (itself 89.06 % on the first clean images), which sees no gradients of the model" in note
+    assert notes(model, 20) == []  # from itself nothing is gained
 
 
 def test_dropout_left_on_is_told(model):

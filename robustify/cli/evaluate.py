@@ -47,6 +47,9 @@ def run(
     figure: Annotated[
         Path | None, Option(metavar="FILE", help="Draw accuracy against the radius into a .png or .svg.")
     ] = None,
+    surrogate: Annotated[
+        str | None, Option(metavar="SOURCE", help="Also try what fools this model of the same classes (transfer).")
+    ] = None,
     fast_search: Annotated[
         bool, Option("--fast-search", help="Pointwise attacks search in bfloat16; verdicts stay in full precision.")
     ] = False,
@@ -89,6 +92,7 @@ def run(
         with console.Watch() as watch:
             checkpoint, found = load(source, data, recipe, models_dir, allow_pickle, seed, watch)
             checkpoint.model.to(accelerator.device)
+            other = surrogate and api.load(surrogate, models_dir=models_dir, allow_pickle=allow_pickle)
             report = api.evaluate(
                 checkpoint,
                 found.to(accelerator.device),
@@ -104,6 +108,7 @@ def run(
                 resume_folder=partial,
                 keep_adversarials=keep,
                 finished=Report.load(output) if ended and output else None,
+                surrogate=other or None,
                 world=world,
                 listener=watch,
             )

@@ -227,6 +227,16 @@ def test_checks_and_notes_are_shown(robustify, finished):
     assert load_pair(folder / "report.json")[1].checks["images"] == 64
 
 
+def test_a_surrogate_is_one_more_attack(robustify, finished):
+    folder, _ = finished
+    ran = robustify("evaluate", folder, "--attack", "fgsm", "--n", "30", "--surrogate", "digits", "--json")
+    assert ran.code == 0, ran.err
+    rows = {row["attack"]: row for row in json.loads(ran.out)["rows"]}
+    assert rows["transfer"]["settings"]["surrogate"] == "digits"
+    assert rows["transfer"]["settings"]["surrogate_accuracy"] > 0.9
+    assert rows["transfer"]["passes"] == {"forward": round(rows["clean"]["accuracy"], 3), "backward": 0}
+
+
 def test_compare_before_and_after(robustify, finished, tmp_path):
     folder, _ = finished
     ran = robustify("compare", folder)
