@@ -155,9 +155,11 @@ class Watch:
                 if self.live or self._silent() or event.epoch in (0, event.epochs):
                     self._say(_epoch(event))
             case Collapsed():
+                cause = " (catastrophic overfitting)" if event.one_step else ""
+                end = "training ends" if event.remedy == "stop" else f"training goes on with {event.remedy}"
                 self._say(
                     f"warning: robust accuracy collapsed in epoch {event.epoch}, from {percent(event.best)} to "
-                    f"{percent(event.robust)} (catastrophic overfitting); kept: epoch {event.best_epoch}",
+                    f"{percent(event.robust)}{cause}; back to epoch {event.best_epoch}, {end}",
                     "yellow",
                 )
             case Measured(when, report):

@@ -63,12 +63,18 @@ class EpochEnd:
 
 @dataclass(frozen=True)
 class Collapsed:
-    """Robust accuracy fell by more than the limit below its best: catastrophic overfitting, rolled back to best_epoch."""
+    """Robust accuracy fell by more than the limit below its best: the weights go back to best_epoch's.
+
+    one_step: the method's attack is a single step, so this is catastrophic overfitting. remedy: what the training goes on
+    with, or `stop`.
+    """
 
     epoch: int
     robust: float
     best: float
     best_epoch: int
+    one_step: bool
+    remedy: str
 
 
 @dataclass(frozen=True)

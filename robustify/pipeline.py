@@ -201,6 +201,8 @@ def _run(
         after.notes.append(
             "no epoch of the training beat the start on the held-out images: these are the start's weights"
         )
+    if outcome.remedies:
+        after.notes.append(f"robustness collapsed while training, which then went on with {', then '.join(outcome.remedies)}")
     tell(Measured("after", after))
     if world.is_main:
         save_pair(folder / "report.json", before, after)

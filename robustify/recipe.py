@@ -16,6 +16,8 @@ from robustify.attacks import AttackSpec
 from robustify.errors import UserError, nearest
 from robustify.methods import METHODS, AnyMethod, withstood
 from robustify.methods.base import replays
+from robustify.methods.remedies import Remedy, next_remedy
+from robustify.schedules import OWN_START, Accelat, Kind
 from robustify.settings import Settings
 from robustify.threat import ThreatModel
 
@@ -54,7 +56,9 @@ class TrainSettings(Settings):
     accumulate splits it into that many passes. init: weights as loaded, with the classifier re-initialised, or with
     init_noise * std(w) of Gaussian noise. awp: size of the adversarial weight perturbation (the paper's gamma, 0.005 to
     0.01), which doubles the training passes. probe_images: held-out images on which robust accuracy is watched every epoch,
-    the best epoch is kept and a fall of collapse_drop below it counts as collapse."""
+    the best epoch is kept and a fall of collapse_drop below it counts as collapse. on_collapse: what training goes on with
+    from there, smaller-alpha, n-fgsm or pgd-2, or stop (None: n-fgsm for fast-at, pgd-2 for gaat, stop for the others).
+    accelat: the sizes of that schedule's rule."""
 
     layers: str = "full"
     epochs: int = Field(default=20, ge=1)
@@ -64,7 +68,8 @@ class TrainSettings(Settings):
     optimizer: Literal["sgd", "adamw", "lamb", "lars"] = "sgd"
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
-    schedule: Literal["cosine", "constant", "step", "cyclic"] = "cosine"
+    schedule: Kind = "cosine"
+    accelat: Accelat = Accelat()
     warmup_epochs: int = Field(default=0, ge=0)
     clip_norm: float | None = Field(default=None, gt=0)
     awp: float | None = Field(default=None, gt=0, le=0.1)
@@ -76,6 +81,7 @@ class TrainSettings(Settings):
     seed: int = Field(default=0, ge=0)
     probe_images: int = Field(default=512, ge=16)
     collapse_drop: float = Field(default=0.2, gt=0, le=1)
+    on_collapse: Remedy | None = None
     checkpoint_steps: int | None = Field(default=None, ge=1)
     tracker: str | None = None
 
@@ -85,6 +91,8 @@ class TrainSettings(Settings):
             raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} leaves nothing of {self.epochs} epochs")
+        if self.warmup_epochs and self.schedule in OWN_START:
+            raise ValueError(f"schedule {self.schedule} takes no warmup_epochs: take cosine, step or constant")
         return self
 
 
@@ -164,6 +172,9 @@ class Recipe(Settings):
             raise ValueError(
                 f"method {name} differentiates gradients again, which {t.precision} rounds away: take precision no, or {other}"
             )
+        if t.on_collapse and next_remedy(self.method, t.on_collapse, ()) != t.on_collapse:
+            usual = next_remedy(self.method, None, ())
+            raise ValueError(f"on_collapse {t.on_collapse} is no remedy for method {name}: take {usual}")
         if getattr(self.method, "noise", None) == "uniform-radius" and self.threat.norm != "L2":
             raise ValueError("noise uniform-radius is a reading of the L2 ball; in Linf take noise: uniform")
         if name == "free-at" and t.awp is not None:

@@ -26,14 +26,15 @@ from robustify.distributed import World
 from robustify.errors import UserError
 from robustify.evaluation import evaluate, sample
 from robustify.events import Collapsed, EpochEnd, Event, Listener, Note, Progress, StepEnd
-from robustify.gradients import gradient_norms
+from robustify.gradients import gradient_alignment, gradient_norms
 from robustify.importance import MIN_DRAWS, draw, logit_slopes
 from robustify.methods import withstood
 from robustify.methods.base import replays
+from robustify.methods.remedies import has_collapsed, next_remedy, remedied
 from robustify.methods.wasserstein import Wasserstein
 from robustify.recipe import TrainSettings
 from robustify.rng import mix
-from robustify.schedules import make_schedule
+from robustify.schedules import BY_SCORE, make_schedule
 from robustify.sensitivity import UpsilonTracker
 from robustify.step import Setup, set_train_mode, take_step
 
@@ -51,6 +52,7 @@ class LoopState:
     best_epoch: int = 0
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
+    remedies: tuple[str, ...] = ()
     collapsed: bool = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -62,7 +64,8 @@ class LoopState:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the training went. best: held-out robust accuracy of the kept epoch; seconds: spent in the loop."""
+    """How the training went. best: held-out robust accuracy of the kept epoch; remedies: taken, in order, when robustness
+    collapsed; collapsed: whether that ended the training; seconds: spent in the loop."""
 
     steps: int
     epochs: int
@@ -70,6 +73,7 @@ class Outcome:
     best_epoch: int
     collapsed: bool
     seconds: float
+    remedies: tuple[str, ...] = ()
 
 
 def train(
@@ -87,15 +91,23 @@ def train(
         raise UserError(
             f"batch_size {s.batch_size} is larger than the {n} training images", f"--set train.batch_size={n // 2 or 1}"
         )
+    if not len(data.val):
+        raise UserError(
+            f"no images are held out, but schedule {s.schedule} follows the accuracy on them"
+            if s.schedule in BY_SCORE
+            else "no images are held out, but the best epoch is chosen on them",
+            "hold some out of the training set (data.val_fraction=0.1, or leave val_data out)",
+        )
     per_epoch = n // s.batch_size * replays(method)
     steps = per_epoch * s.epochs
     state = LoopState()
-    for stateful in filter(None, (state, setup.tracker, setup.ema)):
+    schedule = make_schedule(setup.optimizer, s.schedule, s.epochs, per_epoch, s.warmup_epochs, s.accelat)
+    for stateful in filter(None, (state, schedule, setup.tracker, setup.ema)):
         setup.accelerator.register_for_checkpointing(stateful)
-    set_rate = make_schedule(setup.optimizer, s.schedule, s.epochs, per_epoch, s.warmup_epochs)
     probe = subset(data.val, sample(len(data.val), min(s.probe_images, len(data.val)), s.seed))
     if resume is not None:
         checkpoints.load(setup.accelerator, resume)
+        setup.method = remedied(method, state.remedies)
         if setup.shadow:
             setup.shadow.refresh()
         yield Note(f"resumed at step {state.step} of {steps}")
@@ -118,7 +130,7 @@ def train(
             upsilon = setup.tracker if isinstance(setup.tracker, UpsilonTracker) else None
             if upsilon and upsilon.due(state.step, epoch_starts=within == 0):
                 yield from _measure_upsilon(setup, upsilon, data.train, state.step, eval_batch)
-            set_rate(state.step)
+            schedule.set(state.step)
             losses, seen = take_step(setup, stream, state.step)
             if not math.isfinite(losses["total"]):
                 raise _not_finite(setup, losses, state.step, epoch)
@@ -144,15 +156,23 @@ def train(
             _save_best(setup, folder)
         means = {key: value / per_epoch for key, value in state.sums.items()}
         extra = setup.tracker.summary() if setup.tracker else {}
+        if method.one_step:
+            extra |= {"gradient_alignment": _alignment(setup, probe, eval_batch)}
         state.sums = {}
         metrics.write(step=state.step, epoch=epoch + 1, clean=clean, robust=robust, probe=name, best=best, **extra)
         setup.accelerator.log({"clean": clean, "robust": robust, **extra}, step=state.step)
         yield EpochEnd(epoch + 1, s.epochs, clean, robust, name, best, means, extra)
+        schedule.tell(score)
         # against the epochs trained: the first ones from a start that is hardly robust dip before they rise
-        state.collapsed = method.adversarial and score < state.trained_best - s.collapse_drop
+        if method.adversarial and has_collapsed(score, state.trained_best, s.collapse_drop, len(probe)):
+            remedy = next_remedy(method, s.on_collapse, state.remedies)
+            yield Collapsed(epoch + 1, robust, state.trained_best, state.best_epoch, method.one_step, remedy)
+            state.collapsed = remedy == "stop"
+            if not state.collapsed:
+                state.remedies = (*state.remedies, remedy)
+                setup.method = remedied(method, state.remedies)
+                _roll_back(setup, folder)
         state.trained_best = max(state.trained_best, score)
-        if state.collapsed:
-            yield Collapsed(epoch + 1, robust, state.trained_best, state.best_epoch)
         checkpoints.save(setup.accelerator, world, folder / "checkpoints", state.step)
 
     metrics.close()
@@ -160,11 +180,8 @@ def train(
         yield Note(
             "no epoch was better on the held-out images than the start, so the start's weights are kept", "warning"
         )
-    world.wait()
-    if world.is_main:  # the other processes may be on machines that do not see the folder
-        setup.model.net.load_state_dict(load_file(str(folder / "best.safetensors")))
-    world.copy_from_main(setup.model.net)
-    return Outcome(state.step, s.epochs, state.best, state.best_epoch, state.collapsed, state.seconds)
+    _load_best(setup, folder)
+    return Outcome(state.step, s.epochs, state.best, state.best_epoch, state.collapsed, state.seconds, state.remedies)
 
 
 def follow(events: Generator[Event, None, Outcome], tell: Listener) -> Outcome:
@@ -236,6 +253,31 @@ def _save_best(setup: Setup, folder: Path) -> None:
         source = setup.ema.module if setup.ema else setup.model
         weights = {name: value.detach().cpu().clone().contiguous() for name, value in source.net.state_dict().items()}
         files.save(folder / "best.safetensors", lambda path: save_file(weights, str(path)))
+
+
+def _load_best(setup: Setup, folder: Path) -> None:
+    setup.world.wait()
+    if setup.world.is_main:  # the other processes may be on machines that do not see the folder
+        setup.model.net.load_state_dict(load_file(str(folder / "best.safetensors")))
+    setup.world.copy_from_main(setup.model.net)
+
+
+def _roll_back(setup: Setup, folder: Path) -> None:
+    """Back to the best epoch's weights, and nothing left of the way that led astray: no momentum, no newer average."""
+    _load_best(setup, folder)
+    setup.optimizer.optimizer.state.clear()
+    if setup.ema:
+        setup.ema.module.load_state_dict(setup.model.state_dict())
+    if setup.shadow:
+        setup.shadow.refresh()
+
+
+def _alignment(setup: Setup, probe: Split, batch_size: int) -> float:
+    """Mean cosine on the held-out images between the gradients at x and beside it: near 0, a one-step attack is blind."""
+    mine = range(len(probe))[setup.world.rows(len(probe))]
+    lists = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    found = gradient_alignment(setup.model, batches(probe, lists, setup.accelerator.device), setup.threat, setup.settings.seed)
+    return float(setup.world.gather(found).nanmean())
 
 
 def _not_finite(setup: Setup, losses: dict[str, float], step: int, epoch: int) -> UserError:

@@ -6,15 +6,17 @@ import math
 import pytest
 import torch
 from helpers import tiny_net, toy_data
+from safetensors.torch import load_file
 from torch import nn
 
 from robustify import layers
-from robustify.data import from_tensors
+from robustify.data import from_tensors, subset
 from robustify.distributed import make_accelerator
 from robustify.errors import UserError
 from robustify.evaluation import counted
 from robustify.events import Collapsed, EpochEnd, StepEnd
 from robustify.methods import FastAt, FreeAt, Gaat, Mart, MultiNorm, PgdAt, Standard, Trades, Wasserstein
+from robustify.methods.remedies import has_collapsed, next_remedy, remedied
 from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
 from robustify.sensitivity import UpsilonTracker
@@ -165,7 +167,7 @@ def test_collapse_is_named_and_rolled_back(tmp_path, monkeypatch):
         plain(setup, folder)
 
     monkeypatch.setattr(loop, "_save_best", spy)
-    setup = setup_for(FastAt(), epochs=5, init="loaded")
+    setup = setup_for(FastAt(), epochs=5, init="loaded", on_collapse="stop")
     outcome, events = run(setup, tmp_path)
     (collapse,) = [e for e in events if isinstance(e, Collapsed)]
     assert (collapse.epoch, collapse.best_epoch, outcome.best_epoch, outcome.collapsed) == (3, 2, 2, True)
@@ -286,14 +288,130 @@ def test_a_start_whose_weights_were_drawn_anew_is_no_candidate(tmp_path, monkeyp
     assert outcome.best_epoch == 2
 
 
-def test_the_cyclic_schedule_is_a_triangle():
-    from robustify.schedules import make_schedule
+@pytest.mark.parametrize(
+    ("score", "best", "n", "fell"),
+    [
+        (0.29, 0.5, 512, True),  # by more than 0.2
+        (0.31, 0.5, 512, False),
+        (0.04, 0.10, 512, True),  # to less than half of a low best
+        (0.06, 0.10, 512, False),
+        (0.02, 0.06, 64, False),  # more than half, but within three standard errors (9 points) of so few images
+        (0.0, 0.0, 512, False),
+        (0.6, 0.5, 512, False),
+    ],
+)
+def test_what_counts_as_collapse(score, best, n, fell):
+    assert has_collapsed(score, best, 0.2, n) == fell
 
-    weight = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([weight], lr=0.2)
-    set_rate = make_schedule(optimizer, "cyclic", 2, 5, 0)
+
+@pytest.mark.parametrize(
+    ("method", "wanted", "ladder"),
+    [
+        (FastAt(), None, ["n-fgsm", "pgd-2", "stop"]),
+        (FastAt(), "smaller-alpha", ["smaller-alpha", "n-fgsm", "pgd-2", "stop"]),
+        (FastAt(noise="n-fgsm"), None, ["pgd-2", "stop"]),
+        (FastAt(), "stop", ["stop"]),
+        (Gaat(), None, ["pgd-2", "stop"]),
+        (FreeAt(), None, ["stop"]),
+        (PgdAt(), "pgd-2", ["stop"]),
+    ],
+)
+def test_remedies_come_in_turn(method, wanted, ladder):
+    taken = []
+    while not taken or taken[-1] != "stop":
+        taken.append(next_remedy(method, wanted, taken))
+    assert taken == ladder
+
+
+def test_what_the_remedies_make_of_a_method():
+    assert remedied(FastAt(), ["smaller-alpha"]) == FastAt(alpha=0.625)
+    assert remedied(FastAt(grad_align=1.0), ["smaller-alpha", "n-fgsm"]) == FastAt(noise="n-fgsm", grad_align=1.0)
+    assert remedied(Gaat(), ["pgd-2"]) == PgdAt(steps=2, step_ratio=1)
+    assert remedied(FastAt(), []) == FastAt()
+
+
+def collapsing(monkeypatch, scores):
+    from robustify import train as loop
+
+    monkeypatch.setattr(loop, "_probe", lambda *_: (0.9, next(scores), "probe"))
+
+
+def test_after_a_collapse_training_goes_on_from_the_best_weights_with_the_remedy(tmp_path, monkeypatch):
+    """Roll-back, remedy and a second, stronger remedy; a run killed after the first one continues bit for bit."""
+    scores = [0.1, 0.5, 0.2, 0.5, 0.1, 0.5, 0.6]
+    kwargs = {"epochs": 6, "momentum": 0.9, "ema": 0.9}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    collapsing(monkeypatch, iter(scores))
+    whole = setup_for(FastAt(), **kwargs)
+    outcome, events = run(whole, tmp_path / "a")
+    collapses = [(e.epoch, e.best_epoch, e.one_step, e.remedy) for e in events if isinstance(e, Collapsed)]
+    assert collapses == [(2, 1, True, "n-fgsm"), (4, 1, True, "pgd-2")]
+    assert (outcome.remedies, outcome.collapsed, outcome.best_epoch) == (("n-fgsm", "pgd-2"), False, 6)
+    assert whole.method == PgdAt(steps=2, step_ratio=1)
+    collapsing(monkeypatch, iter(scores))
+    stopped = train(setup_for(FastAt(), **kwargs), data(), tmp_path / "b")
+    kept = None
+    for event in stopped:
+        if isinstance(event, EpochEnd) and event.epoch == 1:
+            kept = (tmp_path / "b" / "best.safetensors").read_bytes()
+        if isinstance(event, StepEnd) and event.step == 7:
+            break
+    stopped.close()
+    assert (tmp_path / "b" / "best.safetensors").read_bytes() == kept
+    (checkpoint,) = (tmp_path / "b" / "checkpoints").iterdir()
+    assert checkpoint.name == "step-00000006"  # the end of the second epoch, rolled back
+    collapsing(monkeypatch, iter(scores[3:]))
+    continued = setup_for(FastAt(), **kwargs)
+    again, _ = run(continued, tmp_path / "b", resume=checkpoint)
+    assert again.remedies == outcome.remedies
+    for a, b in zip(whole.model.state_dict().values(), continued.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rolled_back_weights_are_the_best_ones_and_the_momentum_is_gone(tmp_path, monkeypatch):
+    collapsing(monkeypatch, iter([0.1, 0.5, 0.2]))
+    setup = setup_for(FastAt(), epochs=2, momentum=0.9)
+    run(setup, tmp_path)
+    assert not setup.optimizer.optimizer.state
+    assert torch.equal(setup.model.net[0].weight, load_file(str(tmp_path / "best.safetensors"))["0.weight"])
+
+
+@pytest.mark.parametrize("schedule", ["accelat", "plateau", "one-cycle"])
+def test_a_run_with_a_schedule_that_follows_the_score_continues_bit_for_bit(schedule, tmp_path, monkeypatch):
+    scores = [0.4] * 20
+    kwargs = {"epochs": 10, "schedule": schedule, "accelat": {"window": 2, "cooldown": 1}}
     rates = []
-    for step in range(10):
-        set_rate(step)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([0.04, 0.08, 0.12, 0.16, 0.2, 0.16, 0.12, 0.08, 0.04, 0.0])
+    for name, stop_at in (("a", None), ("b", 17)):
+        (tmp_path / name).mkdir()
+        collapsing(monkeypatch, iter(scores))
+        events = train(setup_for(FastAt(), **kwargs), data(), tmp_path / name)
+        for event in events:
+            if isinstance(event, StepEnd) and event.step == stop_at:
+                break
+        events.close()
+    (checkpoint,) = (tmp_path / "b" / "checkpoints").iterdir()
+    collapsing(monkeypatch, iter(scores))
+    run(setup_for(FastAt(), **kwargs), tmp_path / "b", resume=checkpoint)
+    for name in ("a", "b"):
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+        rates.append([line["lr"] for line in lines if "lr" in line])
+    assert rates[0] == rates[1]
+    assert len(set(rates[0])) > 1
+    assert len(rates[0]) == 30
+
+
+def test_without_held_out_images_nothing_is_trained(tmp_path):
+    from dataclasses import replace
+
+    whole = data()
+    empty = replace(whole, val=subset(whole.val, []))
+    with pytest.raises(UserError, match=r"(?s)schedule accelat follows.*data\.val_fraction"):
+        follow(train(setup_for(FastAt(), schedule="accelat"), empty, tmp_path), lambda event: None)
+
+
+def test_the_alignment_of_gradients_is_logged_for_one_step_methods_only(tmp_path):
+    for method, logged in ((FastAt(), True), (PgdAt(steps=1), False)):
+        (tmp_path / method.name).mkdir()
+        _, events = run(setup_for(method, epochs=1), tmp_path / method.name)
+        assert ("gradient_alignment" in events[-1].extra) == logged
