@@ -7,15 +7,16 @@ import copy
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robustify import data as datasets
-from robustify import layers
+from robustify import files, layers
+from robustify.blend import Weights, between, choose, curve
 from robustify.card import write_card
 from robustify.data import Data
 from robustify.distributed import World, busy_cores, main_first, make_accelerator
@@ -36,6 +37,8 @@ from robustify.sources import Checkpoint
 from robustify.step import prepare
 from robustify.threat import ThreatModel
 from robustify.train import Outcome, follow, train
+
+BLEND_IMAGES = 1000  # held-out images on which the point of the line is chosen
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,7 @@ def _run(
             before.save(folder / "before.json")
     tell(Measured("before", before))
 
+    start = _weights(model)
     classifier = prepare_weights(recipe, model, data)
     layers.select(model.net, recipe.train.layers, classifier)
     setup = prepare(
@@ -196,7 +200,13 @@ def _run(
     model.eval().requires_grad_(True)
     model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
 
+    went_back = None
+    if recipe.train.max_clean_drop is not None and outcome.best_epoch:
+        went_back = _go_back(recipe, model, start, data, folder, world, tell)
+
     after = _measure(recipe, checkpoint, model, data, world, "after", tell)
+    if went_back:
+        after.notes.append(went_back)
     if outcome.best_epoch == 0:
         after.notes.append(
             "no epoch of the training beat the start on the held-out images: these are the start's weights"
@@ -212,6 +222,39 @@ def _run(
         clear_state(folder)
     world.wait()
     return Result(model.net, (before, after), outcome, folder, model, recipe)
+
+
+def _weights(model: PixelModel) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.net.state_dict().items()}
+
+
+def _go_back(
+    recipe: Recipe, model: PixelModel, start: Weights, data: Data, folder: Path, world: World, tell: Listener
+) -> str:
+    """Leave the model at the most robust point of the line that keeps the clean accuracy asked for. Returns what was done."""
+    n, end = min(BLEND_IMAGES, len(data.val)), _weights(model)
+    points = curve(
+        model,
+        start,
+        end,
+        data.val,
+        recipe.threat,
+        n=n,
+        seed=recipe.train.seed,
+        batch_size=recipe.eval.batch_size,
+        world=world,
+        tell=lambda done, total: tell(Progress("blending with the loaded weights", done, total)),
+    )
+    chosen = choose(points, recipe.train.max_clean_drop)
+    model.net.load_state_dict(between(start, end, chosen.alpha))
+    if world.is_main:
+        files.write_json(folder / "blend.json", {"n": n, "points": [asdict(point) for point in points], **asdict(chosen)})
+    said = (
+        f"the weights lie {chosen.alpha:g} of the way from the loaded to the trained ones: of {len(points)} points the most "
+        f"robust on {n} held-out images whose clean accuracy is at most {recipe.train.max_clean_drop:g} points lower"
+    )
+    tell(Note(said))
+    return said
 
 
 def _begin(folder: Path, recipe: Recipe, command: str, resume: Path | None, data: Data) -> Report | None:

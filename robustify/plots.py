@@ -18,7 +18,7 @@ import numpy as np
 from robustify import files
 from robustify.errors import UserError
 from robustify.report import Report, Row, wilson
-from robustify.threat import Norm
+from robustify.threat import Norm, ThreatModel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -186,6 +186,23 @@ def gallery(
                     axes.set_title(name, fontsize=8)
                 if j == 0:
                     axes.set_ylabel(labels[i], fontsize=8)
+
+
+def trade_off(path: str | Path, lines: Mapping[str, np.ndarray], threat: ThreatModel) -> None:
+    """Draw robust accuracy under the threat against clean accuracy along the lines between networks (robustify.blend).
+
+    lines: by name, rows of (way from the start, clean accuracy, robust accuracy), [K, 3] in [0,1].
+    """
+    with _figure(path, (6.0, 4.4)) as figure:
+        axes = figure.subplots()
+        for colour, (name, points) in zip(_colours(lines), lines.items(), strict=True):
+            axes.plot(100 * points[:, 1], 100 * points[:, 2], color=colour, marker="o", markersize=4, label=name)
+            for alpha, clean, robust in points:
+                near = {"textcoords": "offset points", "xytext": (4, 4), "fontsize": 7}
+                axes.annotate(f"{alpha:g}", (100 * clean, 100 * robust), **near)
+        axes.set(xlabel="clean accuracy, %", ylabel=f"accuracy at {threat}, %")
+        axes.set_title("The line between two networks' weights, held-out images", loc="left", fontsize=11)
+        axes.legend()
 
 
 def before_after(path: str | Path, before: Report, after: Report, names: tuple[str, str] = ("before", "after")) -> None:

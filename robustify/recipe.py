@@ -58,7 +58,9 @@ class TrainSettings(Settings):
     0.01), which doubles the training passes. probe_images: held-out images on which robust accuracy is watched every epoch,
     the best epoch is kept and a fall of collapse_drop below it counts as collapse. on_collapse: what training goes on with
     from there, smaller-alpha, n-fgsm or pgd-2, or stop (None: n-fgsm for fast-at, pgd-2 for gaat, stop for the others).
-    accelat: the sizes of that schedule's rule."""
+    accelat: the sizes of that schedule's rule. keep: the epoch that was most robust on the probe's images, or the last one.
+    max_clean_drop: afterwards, go back from the trained weights toward the loaded ones until clean accuracy on the held-out
+    images is at most so many points below theirs, to the most robust such point of the line (robustify.blend)."""
 
     layers: str = "full"
     epochs: int = Field(default=20, ge=1)
@@ -79,6 +81,7 @@ class TrainSettings(Settings):
     init_noise: float = Field(default=0.05, gt=0)
     precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = Field(default=0, ge=0)
+    max_clean_drop: float | None = Field(default=None, ge=0, le=100)
     probe_images: int = Field(default=512, ge=16)
     collapse_drop: float = Field(default=0.2, gt=0, le=1)
     on_collapse: Remedy | None = None

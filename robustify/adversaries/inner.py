@@ -37,11 +37,11 @@ class Inner:
         draws: Draws,
         *,
         first: Tensor | None = None,
-        see: Callable[[Tensor], None] | None = None,
+        see: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Return x', [N, ...], each in its own ball. clean: logits of x. first: the gradient at x, if it is known.
 
-        see: is given the logits of every iterate but the last. Spends `steps` gradients, one less with `first`.
+        see(g, logits): is given those of every iterate but the last and returns the gradient to follow. Spends `steps` gradients, one less with `first`.
         """
         step = self.step_ratio * radius / self.steps
         if self.loss == "kl":
@@ -53,8 +53,6 @@ class Inner:
             if k == 0 and first is not None:
                 return first
             g, logits, _ = input_gradient(nets.search, x_adv, lambda logits: LOSSES[self.loss](logits, y))
-            if see:
-                see(logits)
-            return g
+            return see(g, logits) if see else g
 
         return ascend(gradient, x, x, norm=norm, radius=radius, steps=self.steps, step=step)

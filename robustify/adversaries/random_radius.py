@@ -23,7 +23,7 @@ from robustify.losses import LOSSES, margin
 from robustify.modes import Nets
 from robustify.rng import Draws
 from robustify.settings import Settings
-from robustify.threat import ThreatModel, norms
+from robustify.threat import ThreatModel, norms, per_image
 
 
 class Survivals(Memory):
@@ -66,6 +66,8 @@ class RandomRadius(Settings):
     name: Literal["random-radius"] = "random-radius"
     images: int = Field(default=4096, ge=256)
     rate: float = Field(default=0.1, gt=0, le=1)
+    stop_at_flip: bool = False
+    skip_wrong: bool = True
 
     summary: ClassVar[str] = "each image is attacked at a random radius, distributed as duality says"
 
@@ -87,10 +89,11 @@ class RandomRadius(Settings):
             first, clean, _ = input_gradient(nets.exact, x, lambda logits: LOSSES[inner.loss](logits, y))
         survived = margin(clean, y) <= 0
         u = draws.uniform_per_image(x)
-        radius = memory.t * threat.eps * u ** (1 / memory.p) * survived
+        radius = memory.t * threat.eps * u ** (1 / memory.p) * (survived if self.skip_wrong else 1)
 
-        def see(logits: Tensor) -> None:
+        def see(g: Tensor, logits: Tensor) -> Tensor:
             survived.logical_and_(margin(logits, y) <= 0)
+            return g * per_image(survived, g) if self.stop_at_flip else g
 
         x_adv = inner.climb(nets, x, y, clean, threat.norm, radius, draws, first=first, see=see)
         memory.note(norms(x_adv.double() - x.double(), threat.norm), u, survived)

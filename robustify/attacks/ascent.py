@@ -49,21 +49,20 @@ def ascend_kl(
     steps: int,
     step: Radius,
     draws: Draws,
-    see: Callable[[Tensor], None] | None = None,
+    see: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Climb KL(f(x) || f(x')) inside the ball. Returns x', [N, ...]; spends `steps` gradients.
 
     The first of them is taken on the exact network: next to x the slope of KL is smaller than bfloat16 can tell from
-    rounding. d/dx' KL(p||q) = d/dx' CE(p,q), so the entropy of p is left out. see: is given every iterate's logits.
+    rounding. d/dx' KL(p||q) = d/dx' CE(p,q), so the entropy of p is left out. see(g, logits): is given every iterate's
+    gradient and logits and returns the gradient to follow.
     """
     target = F.softmax(clean_logits, 1)
 
     def gradient(x_adv: Tensor, k: int) -> Tensor:
         net = nets.exact if k == 0 else nets.search
         g, logits, _ = input_gradient(net, x_adv, cross_entropy_with(target))
-        if see:
-            see(logits)
-        return g
+        return see(g, logits) if see else g
 
     start = beside(x, norm, radius, draws)
     return ascend(gradient, x, start, norm=norm, radius=radius, steps=steps, step=step)

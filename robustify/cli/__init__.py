@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from robustify import console
-from robustify.cli import compare, copy, env, evaluate, export, finetune, ls, sensitivity, show
+from robustify.cli import blend, compare, copy, env, evaluate, export, finetune, ls, sensitivity, show
 from robustify.errors import UserError
 
 
@@ -54,6 +54,7 @@ for verb, run in {
     "finetune": finetune.run,
     "evaluate": evaluate.run,
     "compare": compare.run,
+    "blend": blend.run,
     "sensitivity": sensitivity.run,
     "export": export.run,
     "ls": ls.run,

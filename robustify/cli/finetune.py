@@ -32,6 +32,10 @@ def run(
         str | None, Option(metavar="WHICH", help="last, full, or a pattern on the parameters' names.")
     ] = None,
     epochs: Annotated[int | None, Option(metavar="N", help="Passes over the training set.")] = None,
+    max_clean_drop: Annotated[
+        float | None,
+        Option(metavar="POINTS", help="Go back toward the loaded weights until clean accuracy is at most so much lower."),
+    ] = None,
     settings: Annotated[
         list[str] | None, Option("--set", metavar="KEY=VALUE", help="Any other setting of the recipe; repeatable.")
     ] = None,
@@ -83,6 +87,7 @@ def run(
         "threat": threat,
         "train.layers": layers,
         "train.epochs": epochs,
+        "train.max_clean_drop": max_clean_drop,
         "train.precision": precision,
         "train.seed": seed,
         "train.tracker": tracker,

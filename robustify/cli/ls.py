@@ -26,13 +26,14 @@ Lines = list[dict[str, Any]]
 class What(StrEnum):
     models = "models"
     methods = "methods"
+    adversaries = "adversaries"
     attacks = "attacks"
     recipes = "recipes"
     data = "data"
 
 
 def run(
-    what: Annotated[What, typer.Argument(metavar="WHAT", help="models, methods, attacks, recipes or data.")],
+    what: Annotated[What, typer.Argument(metavar="WHAT", help="models, methods, adversaries, attacks, recipes or data.")],
     query: Annotated[str, typer.Argument(metavar="QUERY", help="Part of the name; timm:PART for timm's models.")] = "",
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Models of this data set only.")] = None,
     threat: Annotated[
@@ -41,7 +42,7 @@ def run(
     models_dir: options.ModelsDir = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """List models, methods, attacks, recipes or data sets.
+    """List models, methods, adversaries of method wasserstein, attacks, recipes or data sets.
 
     \b
     robustify ls models Wang --dataset cifar10 --threat Linf
@@ -50,7 +51,14 @@ def run(
     if what is What.models:
         lines = _models(query, dataset, threat, models_dir)
     else:
-        found = {What.methods: _methods, What.attacks: _attacks, What.recipes: _recipes, What.data: _data}[what]()
+        lists = {
+            What.methods: _methods,
+            What.adversaries: _adversaries,
+            What.attacks: _attacks,
+            What.recipes: _recipes,
+            What.data: _data,
+        }
+        found = lists[what]()
         lines = [line for line in found if query.lower() in line["name"].lower()]
     if as_json:
         console.result_json(lines)
@@ -101,6 +109,16 @@ def _methods() -> Lines:
         }
         for name, method in METHODS.items()
     ]
+
+
+def _adversaries() -> Lines:
+    with console.status("reading the adversaries"):
+        from robustify.adversaries import ADVERSARIES
+
+        return [
+            {"name": name, "summary": kind.summary, "settings": kind().model_dump(exclude={"name"})}
+            for name, kind in ADVERSARIES.items()
+        ]
 
 
 def _attacks() -> Lines:

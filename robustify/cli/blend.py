@@ -1,0 +1,132 @@
+"""robustify blend: the trade-off between a network and what training made of it, from the weights between them."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Option
+
+from robustify import console
+from robustify.cli import evaluate, options
+from robustify.errors import UserError
+
+
+def run(
+    start: Annotated[str, typer.Argument(metavar="A", help="Where the line begins: the network as it was loaded.")],
+    end: Annotated[
+        str, typer.Argument(metavar="B", help="Where it ends: a run's folder, or a model of the same kind.")
+    ],
+    points: Annotated[int, Option(min=2, metavar="N", help="Points to measure, both ends among them.")] = 11,
+    max_clean_drop: Annotated[
+        float | None,
+        Option(min=0, max=100, metavar="POINTS", help="Lose at most so many points of clean accuracy.  [default: any]"),
+    ] = None,
+    data: options.DataName = None,
+    threat: Annotated[
+        str | None, Option(metavar="THREAT", help="Linf:8/255, W2-Linf:8/255.  [default: the run's, or W2-Linf:8/255]")
+    ] = None,
+    attack: Annotated[
+        str | None, Option(metavar="ATTACK", help="What measures robustness.  [default: a quick search]")
+    ] = None,
+    n: options.Images = None,
+    output: Annotated[
+        Path | None, Option("-o", "--output", metavar="DIR", help="Export the chosen point there.")
+    ] = None,
+    figure: Annotated[Path | None, Option(metavar="FILE", help="Draw the curve into a .png or .svg.")] = None,
+    seed: options.Seed = None,
+    models_dir: options.ModelsDir = None,
+    allow_pickle: options.AllowPickle = False,
+    force: options.Force = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure the networks on the line between two, choose one and export it.
+
+    Accuracies are those of held-out images, on which the choice is made: measure what you publish on the test images
+    (`robustify evaluate`).
+
+    \b
+    robustify blend Zhang2019 runs/Zhang2019-wasserstein --max-clean-drop 2 -o zhang-robust
+    """
+    with console.status("loading torch"):
+        import numpy as np
+        import torch
+
+        from robustify import api, files, plots
+        from robustify.blend import QUICK, between, choose, curve
+        from robustify.events import Progress
+        from robustify.threat import ThreatModel
+    recipe = evaluate.recipe_of(end)
+    given = ThreatModel.parse(threat or (recipe.threat if recipe else api.DEFAULT_RADIUS))
+    used = attack or QUICK[given.distributional]
+    if output is not None:
+        files.new_folder(output, force)
+    with console.Watch() as watch:
+        checkpoint, found = evaluate.load(end, data, recipe, models_dir, allow_pickle, seed, watch)
+        first = api.load(start, models_dir=models_dir, allow_pickle=allow_pickle)
+        model, a, b = checkpoint.model, first.model.net.state_dict(), _copy(checkpoint.model.net.state_dict())
+        between(a, b, 0.5)  # refuses networks that differ, before the data is read
+        if not (torch.equal(first.model.mean, model.mean) and torch.equal(first.model.std, model.std)):
+            hint = "blend a run with the network it began from"
+            raise UserError(f"{start} and {end} normalise their images differently", hint)
+        count = options.count(n, len(found.val))
+        measured = curve(
+            model,
+            a,
+            b,
+            found.val,
+            given,
+            attack,
+            points,
+            n=count,
+            seed=seed or 0,
+            tell=lambda done, total: watch(Progress("measuring the line", done, total)),
+        )
+        chosen = choose(measured, max_clean_drop)
+        model.net.load_state_dict(between(a, b, chosen.alpha))
+    if figure is not None:
+        plots.trade_off(
+            figure, {f"{start} to {end}": np.array([[p.alpha, p.clean, p.robust] for p in measured])}, given
+        )
+        console.note(f"figure: {figure}")
+    if output is not None:
+        api.export(checkpoint, output, force=force)
+    following = f"robustify evaluate {shlex.quote(str(output))}" if output else None
+    if as_json:
+        facts = {"start": start, "end": end, "data": found.name, "split": "val", "n": count or len(found.val)}
+        console.result_json(
+            {
+                **facts,
+                "threat": given.spec,
+                "attack": used,
+                "points": [asdict(point) for point in measured],
+                "chosen": asdict(chosen),
+                "next": following,
+            }
+        )
+        return
+    console.table(
+        [
+            {
+                "alpha": f"{point.alpha:g}",
+                "clean": f"{100 * point.clean:.1f} %",
+                f"{used.partition(':')[0]} at {given}": f"{100 * point.robust:.1f} %",
+                "": "chosen" if point == chosen else "",
+            }
+            for point in measured
+        ]
+    )
+    console.note(
+        f"on {count or len(found.val)} held-out images of {found.name}; alpha is the way from {start} to {end}"
+    )
+    if following:
+        console.result(f"model: {output}")
+        console.result(f"next: {following}")
+
+
+def _copy(weights: Any) -> dict[str, Any]:
+    """The weights as they are now: the network goes on to other points."""
+    return {name: value.clone() for name, value in weights.items()}
