@@ -61,13 +61,13 @@ def gap(u: Tensor, survived: Tensor) -> float:
 
 
 class RandomRadius(Settings):
-    """images: whose survival sets t; rate: how fast t follows."""
+    """images: whose survival sets t; rate: how fast t follows. stop_at_flip: an image goes no further than where the model
+    errs, as the adversary buys flips and pays for distance; without it, to the end of its radius."""
 
     name: Literal["random-radius"] = "random-radius"
     images: int = Field(default=4096, ge=256)
     rate: float = Field(default=0.1, gt=0, le=1)
-    stop_at_flip: bool = False
-    skip_wrong: bool = True
+    stop_at_flip: bool = True
 
     summary: ClassVar[str] = "each image is attacked at a random radius, distributed as duality says"
 
@@ -89,7 +89,7 @@ class RandomRadius(Settings):
             first, clean, _ = input_gradient(nets.exact, x, lambda logits: LOSSES[inner.loss](logits, y))
         survived = margin(clean, y) <= 0
         u = draws.uniform_per_image(x)
-        radius = memory.t * threat.eps * u ** (1 / memory.p) * (survived if self.skip_wrong else 1)
+        radius = memory.t * threat.eps * u ** (1 / memory.p) * survived
 
         def see(g: Tensor, logits: Tensor) -> Tensor:
             survived.logical_and_(margin(logits, y) <= 0)
