@@ -108,6 +108,7 @@ def run(given: argparse.Namespace, name: str, arm: str, seed: int, network: nn.M
         lr=0.01,
         seed=seed,
         verify=False,
+        keep="last",  # the line holds the start, and the choice on it is made on more images than the probe's
         **spec,
     )
     seconds = time.perf_counter() - begin

@@ -81,6 +81,7 @@ class TrainSettings(Settings):
     init_noise: float = Field(default=0.05, gt=0)
     precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = Field(default=0, ge=0)
+    keep: Literal["best", "last"] = "best"
     max_clean_drop: float | None = Field(default=None, ge=0, le=100)
     probe_images: int = Field(default=512, ge=16)
     collapse_drop: float = Field(default=0.2, gt=0, le=1)

@@ -150,7 +150,7 @@ def train(
         _share_statistics(setup)
         clean, robust, name = _probe(setup, probe, eval_batch)
         score = robust if method.adversarial else clean
-        best = score > state.best
+        best = score > state.best or s.keep == "last"
         if best:
             state.best, state.best_epoch = score, epoch + 1
             _save_best(setup, folder)
