@@ -76,7 +76,7 @@ LAYERS = [
         "curves",
     },
     {"step", "train", "evaluation", "measure", "pointwise", "distributional", "recheck"},
-    {"inputs", "runs", "memory", "plan"},
+    {"inputs", "runs", "memory", "plan", "blend"},
     {"pipeline"},
     {"api", "console"},
     {"cli", "", "__main__"},
