@@ -41,7 +41,8 @@ class Inner:
     ) -> Tensor:
         """Return x', [N, ...], each in its own ball. clean: logits of x. first: the gradient at x, if it is known.
 
-        see(g, logits): is given those of every iterate but the last and returns the gradient to follow. Spends `steps` gradients, one less with `first`.
+        see(g, logits): is given those of every iterate but the last, and returns the gradient to follow. Spends `steps`
+        gradients, one less with `first`.
         """
         step = self.step_ratio * radius / self.steps
         if self.loss == "kl":

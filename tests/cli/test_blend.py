@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 def test_blend_measures_the_line_and_exports_the_choice(robustify, finished, tmp_path):
     folder, _ = finished
-    ran = robustify("blend", "digits", folder, "--points", "3", "--n", "30", "--max-clean-drop", "100", "-o", "blended", "--json")
+    choice = ("--points", "3", "--n", "30", "--max-clean-drop", "100")
+    ran = robustify("blend", "digits", folder, *choice, "-o", "blended", "--json")
     assert ran.code == 0, ran.err
     found = json.loads(ran.out)
     assert [point["alpha"] for point in found["points"]] == [0.0, 0.5, 1.0]
