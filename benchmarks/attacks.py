@@ -29,12 +29,12 @@ from robustify import data as datasets
 from robustify import sources
 from robustify.attacks import pgd, w_pgd
 from robustify.data import Resident, from_tensors
+from robustify.environment import environment
 from robustify.evaluation import evaluate
 from robustify.losses import redlr
 from robustify.measure import withstands
 from robustify.modes import Shadow
 from robustify.pixels import PixelModel
-from robustify.report import environment
 from robustify.sensitivity import conjugate
 from robustify.threat import ThreatModel
 

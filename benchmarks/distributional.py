@@ -23,10 +23,10 @@ from robustify import files
 from robustify.attacks import w_pgd
 from robustify.bounds import accuracy_estimates
 from robustify.duality import PointwiseCurve, distributional_accuracy
+from robustify.environment import environment
 from robustify.evaluation import counted
 from robustify.flips import flip_distances, recheck
 from robustify.knapsack import worst_accuracy
-from robustify.report import environment
 from robustify.threat import ThreatModel
 
 ROBUST = {"Linf": [2 / 255, 4 / 255, 8 / 255], "L2": [0.1, 0.25, 0.5]}

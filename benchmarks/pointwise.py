@@ -17,7 +17,8 @@ from distributional import assets
 from robustify import files, pieces
 from robustify.data import from_tensors
 from robustify.evaluation import evaluate
-from robustify.report import Report, percent, percent_interval
+from robustify.intervals import percent, percent_interval
+from robustify.report import Report
 from robustify.threat import ThreatModel
 
 ATTACKS = ["pgd:steps=20", "apgd-ce", "apgd-t", "square", "autoattack"]

@@ -28,13 +28,13 @@ from robustify import data as datasets
 from robustify import layers, sources
 from robustify.data import batches, from_tensors
 from robustify.distributed import World, make_accelerator
+from robustify.environment import environment
 from robustify.gradients import input_gradient
 from robustify.losses import ce
 from robustify.methods import FastAt, PgdAt, Trades, Wasserstein
 from robustify.modes import Shadow, borrowed
 from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
-from robustify.report import environment
 from robustify.sensitivity import UpsilonTracker
 from robustify.step import Setup, prepare, set_train_mode, take_step
 from robustify.threat import ThreatModel

@@ -9,13 +9,14 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import numpy as np
 import yaml
 
 from robustify import files
+from robustify.compare import compare
 from robustify.errors import UserError
 from robustify.front_matter import attack_name, dataset_name, front_matter
-from robustify.report import Headline, Report, Row, paired_difference, percent, percent_interval, plain
+from robustify.intervals import percent, percent_interval
+from robustify.report import Headline, Report, Row, plain
 from robustify.sources.checkpoint import Checkpoint
 from robustify.threat import ThreatModel
 
@@ -154,17 +155,15 @@ def _summary(name: str, checkpoint: Checkpoint, recipe: Mapping[str, Any], befor
 
 def _table(before: Report, after: Report, headlines: Sequence[Headline]) -> str:
     """Before and after: one line per row, and one per threat that several attacks share."""
-    was = {row.key: row for row in before.rows}
+    was, changes = {row.key: row for row in before.rows}, _changes(before, after)
     lines = [["Attack", "Threat", "Before", "After", "Change, in points", "n"], ["---"] * 6]
     for row in after.rows:
-        # images that share one budget are not independent: no paired interval
-        alone = row.kind != "distributional"
-        change = _change(before, after, *(r.verdicts.get(row.key) if alone else None for r in (before, after)))
+        change = changes.get((row.attack, row.threat), "")
         lines.append(_line(attack_name(row), row.threat, was.get(row.key), row, change))
     for found in headlines:
         if len(found.attacks) > 1:
             old = before.headline(found.threat) if found.threat in before.threats else None
-            change = _change(before, after, before.held(found.threat), after.held(found.threat))
+            change = changes.get(("worst case", found.threat), "")
             lines.append(_line("**Worst case**", found.threat, old, found, change))
     return _rows(lines)
 
@@ -176,13 +175,13 @@ def _line(label: str, threat: str | None, old: Row | Headline | None, new: Row |
     return [label, _shown(threat), cell(old), cell(new), change, str(new.n)]
 
 
-def _change(before: Report, after: Report, old: np.ndarray | None, new: np.ndarray | None) -> str:
-    """The paired difference, where both reports saw the same images."""
-    same = (before.data, before.split, before.seed) == (after.data, after.split, after.seed)
-    if not same or old is None or new is None or len(old) != len(new):
-        return ""
-    difference, low, high = paired_difference(old, new)
-    return f"{100 * difference:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+def _changes(before: Report, after: Report) -> dict[tuple[str, str | None], str]:
+    """The paired differences by attack and threat, where both reports saw the same images and an interval is known."""
+    try:
+        (found,) = compare([before, after])
+    except UserError:
+        return {}
+    return {(one.attack, one.threat): one.in_points() for one in found.differences if one.interval}
 
 
 def _headline(found: Headline) -> str:

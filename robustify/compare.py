@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from robustify.errors import UserError
-from robustify.report import Report, Row, paired_difference, percent, plain
+from robustify.intervals import paired_difference, percent
+from robustify.report import Report, Row, plain
 from robustify.threat import ThreatModel
 
 _DRAWS = 2000
@@ -33,6 +34,11 @@ class Difference:
     difference: float
     interval: tuple[float, float] | None
     p_value: float | None
+
+    def in_points(self) -> str:
+        """Return `+1.25 [-0.50, +3.00]`, the interval where there is one."""
+        interval = "" if self.interval is None else f" [{100 * self.interval[0]:+.2f}, {100 * self.interval[1]:+.2f}]"
+        return f"{100 * self.difference:+.2f}{interval}"
 
 
 @dataclass(frozen=True)
@@ -127,9 +133,15 @@ def _pair(before: Report, after: Report) -> Comparison:
         )
     found = [_difference(before, after, a, b) for a, b in shared]
     for threat in (threat for threat in before.threats if threat in after.threats):
+        was, now = before.headline(threat), after.headline(threat)
+        if max(len(was.attacks), len(now.attacks)) == 1:
+            continue
         held, other = before.held(threat), after.held(threat)
-        if held is not None and other is not None and sum(row.threat == threat for row in before.rows) > 1:
+        if held is not None and other is not None:
             found.append(_of_verdicts("worst case", threat, held, other))
+        else:
+            change = now.accuracy - was.accuracy
+            found.append(Difference("worst case", threat, was.accuracy, now.accuracy, change, None, None))
     return Comparison(before.model_id, after.model_id, n, tuple(found))
 
 

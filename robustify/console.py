@@ -19,7 +19,8 @@ from rich.table import Table
 
 from robustify.durations import duration
 from robustify.events import Collapsed, EpochEnd, Event, Exported, Measured, Note, Planned, Progress, StepEnd
-from robustify.report import Report, percent, plain
+from robustify.intervals import percent
+from robustify.report import Report, plain
 
 Item = TypeVar("Item")
 EVERY = 5.0  # seconds between two lines of progress where there is no terminal

@@ -17,13 +17,14 @@ from robustify.attacks.transfer import transfer
 from robustify.data import Split
 from robustify.distributed import World
 from robustify.distributional import Search, bought, moved_together, search, search_name
+from robustify.environment import environment
 from robustify.errors import UserError
 from robustify.measure import Clean, Passes, Run, Tell, counted, measure_clean, withstands
 from robustify.modes import Shadow
 from robustify.pieces import Pieces, same_facts
 from robustify.pixels import PixelModel
 from robustify.pointwise import heard, pointwise
-from robustify.report import Report, environment
+from robustify.report import Report
 from robustify.threat import Norm, ThreatModel
 
 __all__ = ["counted", "evaluate", "sample"]

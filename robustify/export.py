@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from robustify import files
+from robustify.environment import version_of
 from robustify.errors import UserError
 from robustify.layers import find_classifier
 from robustify.pixels import PixelModel
-from robustify.report import plain, version_of
+from robustify.report import plain
 from robustify.sources import local
 from robustify.sources.checkpoint import CUSTOM, Checkpoint
 

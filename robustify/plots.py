@@ -17,7 +17,8 @@ import numpy as np
 
 from robustify import files
 from robustify.errors import UserError
-from robustify.report import Report, Row, wilson
+from robustify.intervals import wilson
+from robustify.report import Report, Row
 from robustify.threat import Norm, ThreatModel
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Report: what was measured, on what, under which attack; per-example verdicts, Wilson intervals, JSON."""
+"""Report: what was measured, on what, under which attack; per-example verdicts, JSON."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ import hashlib
 import io
 import json
 import math
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from robustify import files
+from robustify.environment import version_of
 from robustify.errors import UserError
+from robustify.intervals import percent, percent_interval, wilson
 
 Kind = Literal["clean", "pointwise", "distributional"]
 Verdicts = Mapping[str, np.ndarray]  # row key -> bool [n]: is example i of the evaluated order classified correctly?
-_Z95 = 1.959963984540054
 _FORMAT = 1
 _DISTANCE = "distance:"  # before the row key, in the .npz
 
@@ -257,61 +255,6 @@ def load_pair(path: str | Path) -> tuple[Report, Report]:
     return part("before"), part("after")
 
 
-def wilson(correct: float, n: int) -> tuple[float, float]:
-    """Return the Wilson 95 % interval of a share, correct of n."""
-    share, z2 = correct / n, _Z95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
-
-
-def paired_difference(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float]:
-    """Return (after - before, low, high) of the accuracy on the same examples, with a 95 % interval.
-
-    before, after: bool [n]; of different lengths, the first examples are compared. Only the examples whose verdict
-    changed carry the variance. Half a count is added to each cell of the 2x2 table (Agresti and Min, Statistics in
-    Medicine 2005), so that the interval covers at small n and has a width when nothing changed.
-    """
-    n = min(len(before), len(after))
-    if n == 0:
-        raise ValueError("no examples to compare")
-    before, after = np.asarray(before[:n], bool), np.asarray(after[:n], bool)
-    won, lost = int((after & ~before).sum()), int((before & ~after).sum())
-    total, up, down = n + 2, won + 0.5, lost + 0.5
-    centre = (up - down) / total
-    half = _Z95 * math.sqrt(up + down - (up - down) ** 2 / total) / total
-    return (won - lost) / n, max(-1.0, centre - half), min(1.0, centre + half)
-
-
-def percent(share: float) -> str:
-    """Return `53.12 %`; the one way in which accuracies are shown."""
-    return f"{100 * share:.2f} %"
-
-
-def percent_interval(interval: tuple[float, float]) -> str:
-    """Return `[50.01, 56.20]`, in per cent."""
-    return f"[{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]"
-
-
-def environment(device: str = "cpu") -> dict[str, Any]:
-    """Return what a figure may depend on: versions, the device's name, threads, platform."""
-    import torch
-
-    versions = {name: version_of(name) for name in ("robustify", "torch", "timm", "numpy")}
-    on_gpu = torch.device(device).type == "cuda"
-    name = torch.cuda.get_device_name(torch.device(device)) if on_gpu else _processor()
-    place = {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    return {"python": platform.python_version(), **versions, **place, "platform": platform.platform()}
-
-
-def version_of(package: str) -> str:
-    """Return the installed version of a package, `unknown` when it is not installed as one."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "unknown"
-
-
 def plain(value: Any) -> Any:
     """Return the value made of JSON's types: arrays and tuples as lists, infinities as text, anything else by str()."""
     if isinstance(value, Mapping):
@@ -337,15 +280,6 @@ def _only_fields(kind: type[Any], value: Mapping[str, Any]) -> Any:
 def _line(attack: str, threat: str | None, row: Row | Headline, seconds: str) -> dict[str, str]:
     figures = {"accuracy": percent(row.accuracy), "interval": percent_interval(row.interval), "n": str(row.n)}
     return {"attack": attack, "threat": (threat or "").replace(":", " "), **figures, "seconds": seconds}
-
-
-def _processor() -> str:
-    """The processor's name: Linux hides it in a file, elsewhere Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _save(path: Path, value: dict[str, Any], verdicts: Mapping[str, np.ndarray]) -> None:

@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from robustify import checkpoints, files
+from robustify.environment import environment
 from robustify.errors import UserError
 from robustify.recipe import Recipe, build
-from robustify.report import environment
 
 _STATE = ("before.json", "before.npz", "best.safetensors")  # beside checkpoints/
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from robustify.attacks.ascent import ascend
 from robustify.errors import UserError
 from robustify.gradients import input_gradient
+from robustify.intervals import percent
 from robustify.losses import ce
 from robustify.modes import borrowed
-from robustify.report import Row, percent
+from robustify.report import Row
 
 IMAGES = 64  # that the checks look at
 LARGE = 0.5  # Linf radius at which every image can be made grey

@@ -39,6 +39,8 @@ LAYERS = [
         "shelf",
         "knapsack",
         "duality",
+        "intervals",
+        "environment",
         "settings",
         "ledger",
     },

@@ -16,8 +16,9 @@ from robustify import card
 from robustify.card import BEGIN, END, render, update, write_card
 from robustify.errors import UserError
 from robustify.export import export
+from robustify.intervals import paired_difference, percent, percent_interval
 from robustify.pixels import PixelModel
-from robustify.report import Report, Row, paired_difference, percent, percent_interval
+from robustify.report import Report, Row
 from robustify.sources.checkpoint import Checkpoint
 
 LINF, W2 = "Linf:8/255", "W2-Linf:8/255"

@@ -87,6 +87,21 @@ def test_reports_are_compared_row_by_row():
     assert len(compare([before, after, report("other", 1, scale=0.5)])) == 2
 
 
+def test_the_worst_case_of_images_that_share_a_budget_has_no_interval():
+    def with_w_pgd(name: str, draw: int) -> Report:
+        one = report(name, draw)
+        more = Row("w-pgd", "W2-Linf:4/255", 60, 55, kind="distributional")
+        return Report(name, one.data, one.split, [*one.rows, more], one.verdicts, distances=one.distances)
+
+    before, after = with_w_pgd("a", 1), with_w_pgd("b", 2)
+    (found,) = compare([before, after])
+    worst = found.differences[-1]
+    assert (worst.attack, worst.threat, worst.interval) == ("worst case", "W2-Linf:4/255", None)
+    assert worst.before == before.headline("W2-Linf:4/255").accuracy == before.rows[2].accuracy
+    assert worst.in_points() == f"{100 * (worst.after - worst.before):+.2f}"
+    assert found.differences[0].in_points().endswith("]")
+
+
 @pytest.mark.parametrize(
     "other", [{"data": "cifar10"}, {"split": "val"}, {"seed": 1}, {"n": 50}, {"facts": {"data": "another digest"}}]
 )

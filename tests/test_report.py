@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from robustify import report as reports
+from robustify.environment import environment
 from robustify.errors import UserError
-from robustify.report import Report, Row, paired_difference, wilson
+from robustify.intervals import paired_difference, wilson
+from robustify.report import Report, Row
 
 LINF, W2 = "Linf:8/255", "W2-Linf:8/255"
 
@@ -186,7 +188,7 @@ def test_paired_interval_covers():
 
 
 def test_environment_names_versions_and_device():
-    found = reports.environment()
+    found = environment()
     assert {"python", "torch", "timm", "robustify", "device", "threads", "platform"} <= found.keys()
     assert all(found.values())
 

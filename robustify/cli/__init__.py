@@ -67,7 +67,7 @@ for verb, run in {
 
 def _version(asked: bool) -> None:
     if asked:
-        from robustify.report import version_of
+        from robustify.environment import version_of
 
         console.result(version_of("robustify"))
         raise typer.Exit

@@ -22,7 +22,7 @@ def run(as_json: options.AsJson = False) -> None:
     with console.status("loading torch"):
         import torch
 
-        from robustify.report import environment, version_of
+        from robustify.environment import environment, version_of
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     values: dict[str, Any] = {
         **environment("cuda" if gpus else "cpu"),

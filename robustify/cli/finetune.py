@@ -7,16 +7,16 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 from typer import Option
 
 from robustify import console
 from robustify.cli import options
-from robustify.report import Headline, Report, Row, paired_difference, percent
+from robustify.intervals import percent
 
 if TYPE_CHECKING:
     from robustify.recipe import Resolved
+    from robustify.report import Report
 
 
 def run(
@@ -121,67 +121,30 @@ def default_name(source: str, method: str) -> str:
     return re.sub(r"[^\w.-]+", "-", f"{parts[-1] if parts else 'model'}-{method}").strip("-.")
 
 
-def compare(before: Report, after: Report) -> list[dict[str, Any]]:
-    """Return one line per attack and threat measured both times, as numbers; worst cases come last.
-
-    difference: (change, low, high) of the paired accuracies where both reports have verdicts, else None.
-    """
-    old, both = {row.key: row for row in before.rows}, (before, after)
-    lines = [
-        # images that share one budget are not independent: no paired interval
-        _line(row.attack, old[row.key], row, *(None if row.kind == "distributional" else r.verdicts.get(row.key) for r in both))
-        for row in after.rows
-        if row.key in old
-    ]
-    for threat in (threat for threat in after.threats if threat in before.threats):
-        new = after.headline(threat)
-        if len(new.attacks) > 1:
-            lines.append(_line("worst case", before.headline(threat), new, before.held(threat), after.held(threat)))
-    was, now = before.union(), after.union()
-    if was and now and was.threat == now.threat:
-        lines.append(_line("worst case", was, now, None, None))
-    return lines
-
-
-def _line(
-    attack: str, old: Row | Headline, new: Row | Headline, was: np.ndarray | None, now: np.ndarray | None
-) -> dict[str, Any]:
-    difference = None
-    if was is not None and now is not None and len(was) == len(now):
-        difference = paired_difference(was, now)
-    figures = {"before": old.accuracy, "after": new.accuracy, "difference": difference, "n": new.n}
-    return {"attack": attack, "threat": new.threat, **figures}
-
-
 def _show_result(before: Report, after: Report, folder: Path, as_json: bool) -> None:
-    lines = compare(before, after)
+    from robustify.compare import compare
+
+    (found,) = compare([before, after])
     following = f"robustify evaluate {shlex.quote(str(folder))} --attack pgd:steps=50,restarts=5"
     if as_json:
         reports = {"before": before.to_json(), "after": after.to_json()}
-        console.result_json({"folder": str(folder), "comparison": lines, **reports, "next": following})
+        console.result_json({"folder": str(folder), "comparison": found.to_json(), **reports, "next": following})
         return
     console.table(
         [
             {
-                "attack": line["attack"],
-                "threat": (line["threat"] or "").replace(":", " "),
-                "before": percent(line["before"]),
-                "after": percent(line["after"]),
-                "change in points": _points(line["difference"]),
-                "n": str(line["n"]),
+                "attack": one.attack,
+                "threat": (one.threat or "").replace(":", " "),
+                "before": percent(one.before),
+                "after": percent(one.after),
+                "change in points": one.in_points() if one.interval else "",
+                "n": str(found.n),
             }
-            for line in lines
+            for one in found.differences
         ]
     )
     console.result(f"model: {folder / 'model'}")
     console.result(f"next: {following}")
-
-
-def _points(difference: tuple[float, float, float] | None) -> str:
-    if difference is None:
-        return ""
-    change, low, high = (100 * part for part in difference)
-    return f"{change:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def _show_plan(resolved: Resolved, plan: dict[str, Any], following: str, as_json: bool) -> None:

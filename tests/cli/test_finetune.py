@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from robustify import distributed, pipeline
-from robustify.cli.finetune import compare, default_name
+from robustify.cli.finetune import default_name
 from robustify.cli.options import count, without
 from robustify.errors import UserError
-from robustify.report import Report, Row
 
 
 def test_a_run_ends_with_json_on_stdout_and_progress_on_stderr(finished):
@@ -20,14 +18,15 @@ def test_a_run_ends_with_json_on_stdout_and_progress_on_stderr(finished):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["folder"] == str(folder)
-    assert [line["attack"] for line in result["comparison"]] == ["clean", "fgsm", "pgd", "w-pgd", "worst case"]
-    for line in result["comparison"]:
-        assert line["n"] == 64
+    lines = result["comparison"]["differences"]
+    assert [line["attack"] for line in lines] == ["clean", "fgsm", "pgd", "w-pgd", "worst case"]
+    assert result["comparison"]["n"] == 64
+    for line in lines:
+        assert line["difference"] == pytest.approx(line["after"] - line["before"])
         if line["attack"] == "w-pgd":  # its images share one budget
-            assert line["difference"] is None
+            assert line["interval"] is None
             continue
-        change, low, high = line["difference"]
-        assert change == pytest.approx(line["after"] - line["before"])
+        low, high = line["interval"]
         assert low <= high
     assert result["next"].startswith(f"robustify evaluate {folder} --attack pgd")
     assert "before training: clean" in done.stderr
@@ -176,15 +175,3 @@ def test_options_are_taken_out_with_their_values():
     assert (count(None, 50), count("all", 50), count("7", 50)) == (50, None, 7)
     with pytest.raises(UserError, match="--n ten"):
         count("ten", 50)
-
-
-def test_compare_pairs_what_both_reports_have():
-    def report(held):
-        held = np.array(held, bool)
-        rows = [Row("clean", None, 4, 4, kind="clean"), Row("pgd", "Linf:0.1", 4, int(held.sum()))]
-        return Report("m", "d", "test", rows, {"clean": np.ones(4, bool), "pgd Linf:0.1": held})
-
-    clean, pgd = compare(report([0, 0, 1, 0]), report([1, 1, 1, 0]))
-    assert clean["difference"][0] == 0
-    assert pgd["difference"][0] == pytest.approx(0.5)
-    assert (pgd["before"], pgd["after"], pgd["threat"]) == (0.25, 0.75, "Linf:0.1")
