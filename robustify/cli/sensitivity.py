@@ -31,6 +31,10 @@ def run(
     deltas: Annotated[
         str | None, Option(metavar="RADII", help="Estimate the accuracy at these: 2/255,4/255,8/255.")
     ] = None,
+    importance: Annotated[
+        int | None,
+        Option(min=2, metavar="M", help="Gradients of M images only, drawn by the loss's slope at the logits."),
+    ] = None,
     figure: Annotated[Path | None, Option(metavar="FILE", help="Draw the estimates into a .png or .svg.")] = None,
     report: Annotated[
         Path | None, Option(metavar="REPORT", help="What attacks achieve, for the figure; of `robustify evaluate`.")
@@ -49,7 +53,7 @@ def run(
     delta raises the expected loss by delta * Upsilon: an estimate of what an attack can do, never a certificate.
 
     \b
-    robustify sensitivity Zhang2019 --threat W2-Linf:8/255 --loss redlr
+    robustify sensitivity Zhang2019 --threat W2-Linf:8/255 --loss redlr --importance 64
     robustify sensitivity digits --deltas 0.01,0.02,0.05 --figure estimates.png
     """
     with console.status("loading torch"):
@@ -60,6 +64,7 @@ def run(
         from robustify.evaluation import model_digest, sample
         from robustify.events import Progress
         from robustify.gradients import gradient_norms
+        from robustify.importance import draw, logit_slopes
         from robustify.losses import LOSSES
         from robustify.report import Report
         from robustify.sensitivity import conjugate, upsilon
@@ -70,6 +75,8 @@ def run(
     if (figure and not deltas) or (report and not figure):
         flags = "--report is for a figure" if report else "--figure shows estimates at several radii"
         raise UserError(flags, "robustify sensitivity SOURCE --deltas 2/255,4/255 --figure estimates.png")
+    if importance and deltas:
+        raise UserError("--importance estimates Upsilon alone, not accuracies", "leave out --deltas, or --importance")
     if figure:
         plots.check(figure)
     recipe = evaluate.recipe_of(source)
@@ -87,8 +94,14 @@ def run(
         images = api.split_named(found, split)
         chosen = sample(len(images), options.count(n, len(images)), seed or 0)
         model = checkpoint.model.to(device)
+
+        def stream(indices: list[int], what: str) -> Any:
+            lists = [[indices[i] for i in rows] for rows in chunks(len(indices), batch_size)]
+            return watch.over(batches(images, lists, device, 0), what, len(lists))
+
         for loss in losses or (["redlr"] if radii else LOSSES):
             begin = time.perf_counter()
+            passes: dict[str, float] = {"forward": 1 + len(radii), "backward": 1}
             if radii:
                 x, y = (part.to(device) for part in images.batch(chosen))
                 estimated = accuracy_estimates(
@@ -106,10 +119,16 @@ def run(
                 estimates.append(estimated)
                 measured, more = estimated.sensitivity, {"estimates": _estimates(estimated)}
             else:
-                lists = [[chosen[i] for i in rows] for rows in chunks(len(chosen), batch_size)]
-                stream = watch.over(batches(images, lists, device, 0), f"gradients of {loss}", len(lists))
-                norms = gradient_norms(model, stream, loss, against.norm)
-                measured, more = upsilon(norms, conjugate(against.p or 2.0), len(images)), {}
+                q, more, taken = conjugate(against.p or 2.0), {}, chosen
+                drawn = None
+                if importance:
+                    slopes = logit_slopes(model, stream(chosen, f"logits for {loss}"), loss)
+                    drawn = draw(slopes, q, importance, seed or 0)
+                    taken = [chosen[i] for i in drawn.indices.tolist()]
+                norms = gradient_norms(model, stream(taken, f"gradients of {loss}"), loss, against.norm)
+                measured = drawn.estimate(norms, len(images)) if drawn else upsilon(norms, q, len(images))
+                share = len(taken) / len(chosen)
+                passes = {"forward": 1 + share, "backward": share} if drawn else passes
             lines.append(
                 {
                     "loss": loss,
@@ -118,7 +137,7 @@ def run(
                     "loss_rise": measured.value * against.eps,
                     "top_1_percent_share": measured.top_share,
                     "n": measured.n,
-                    "passes_per_image": {"forward": 1 + len(radii), "backward": 1},
+                    "passes_per_image": passes,
                     "seconds": time.perf_counter() - begin,
                     **more,
                 }
@@ -135,7 +154,7 @@ def run(
         console.result("")
         console.table([_estimate_line(line["loss"], one) for line in lines for one in line["estimates"]])
     console.note("the rise is delta * Upsilon, to first order: what an attack can do is estimated, not certified")
-    if len(chosen) == len(images):
+    if len(chosen) == len(images) and not importance:
         console.note(
             f"the standard error is 0 because all {len(images)} images of the split were used: it tells how much a sample "
             "of them would vary, not how other images would"
@@ -158,7 +177,7 @@ def _upsilon_line(line: dict[str, Any], against: ThreatModel) -> dict[str, str]:
         f"loss rise at {against}": f"{line['loss_rise']:.4g}",
         "top 1 % share": f"{100 * line['top_1_percent_share']:.1f} %",
         "n": str(line["n"]),
-        "passes per image": f"{passes['forward']} forward, {passes['backward']} backward",
+        "passes per image": f"{passes['forward']:.3g} forward, {passes['backward']:.3g} backward",
         "seconds": f"{line['seconds']:.1f}",
     }
 

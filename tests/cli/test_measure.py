@@ -62,6 +62,18 @@ def test_evaluate_names_mistakes(robustify, finished, arguments, said):
     assert said in ran.err
 
 
+def test_sensitivity_by_importance_agrees_with_the_whole_set(robustify, finished):
+    folder, _ = finished
+    arguments = ("sensitivity", folder, "--threat", "W2-Linf:0.1", "--loss", "ce", "--n", "all", "--json")
+    (whole,) = json.loads(robustify(*arguments).out)["losses"]
+    (few,) = json.loads(robustify(*arguments, "--importance", "100").out)["losses"]
+    assert abs(few["upsilon"] - whole["upsilon"]) < 5 * few["standard_error"]
+    assert few["passes_per_image"]["backward"] < 0.5
+    refused = robustify("sensitivity", folder, "--importance", "50", "--deltas", "0.1")
+    assert refused.code == 2
+    assert "leave out --deltas" in refused.err
+
+
 def test_sensitivity_of_all_losses(robustify, finished):
     folder, _ = finished
     value = json.loads(robustify("sensitivity", folder, "--threat", "L2:0.5", "--n", "100", "--json").out)
