@@ -4,7 +4,7 @@
 #   benchmarks/gpu_queue.sh RESULTS_DIR [FIRST [LAST]]      run entries FIRST..LAST (default: all)
 #
 # Needs: robustify installed with a CUDA torch; CIFAR-10 as DATA (default cifar10; `folder:cifar10_jpeg` does too).
-# A robust ResNet-18 made by entry 2 is the start of entries 4 to 6.
+# A robust ResNet-18 made by entry 2 is the start of entries 4 to 7.
 set -u
 out=${1:?where the results go}; first=${2:-1}; last=${3:-99}; data=${DATA:-cifar10}
 mkdir -p "$out"
@@ -26,7 +26,8 @@ entry 2 r18-trades robustify finetune --model "$r18" --set model.pretrained=fals
 entry 3 wrn-fast-at robustify finetune --model "$wrn" --set model.pretrained=false --data "$data" --method fast-at --epochs 15 \
   --precision bf16 --set train.lr=0.1 --set train.schedule=cyclic "${evals[@]}" -o "$out/wrn-fast-at"
 entry 4 r18-wasserstein-full robustify finetune cifar10-wasserstein --model "$out/r18-trades" --data "$data" "${evals[@]}" -o "$out/r18-w-full"
-entry 5 r18-wasserstein-last robustify finetune cifar10-wasserstein --model "$out/r18-trades" --data "$data" --layers last "${evals[@]}" -o "$out/r18-w-last"
-entry 6 r18-trades-control robustify finetune cifar10-trades --model "$out/r18-trades" --data "$data" "${evals[@]}" -o "$out/r18-t-full"
-entry 7 step-cost-wrn python benchmarks/step_cost.py --model "$wrn" --random --data "$data" --batch 256 --compile --out "$out/step_cost_wrn.json"
-entry 8 step-cost-cosine python benchmarks/step_cost.py --model "$out/r18-trades" --data "$data" --batch 512 --out "$out/step_cost_trained.json"
+entry 5 r18-trades-control robustify finetune cifar10-trades --model "$out/r18-trades" --data "$data" --max-clean-drop 2 --set train.keep=last "${evals[@]}" -o "$out/r18-t-full"
+entry 6 r18-wasserstein-last robustify finetune cifar10-wasserstein-last --model "$out/r18-trades" --data "$data" "${evals[@]}" -o "$out/r18-w-last"
+entry 7 compare bash -c "for run in r18-w-full r18-t-full r18-w-last; do robustify evaluate $out/\$run --data $data --n 2000 --attack apgd-ce --attack apgd-t --threat Linf:8/255 --force -o $out/\$run-linf.json; robustify evaluate $out/\$run --data $data --n 2000 --attack knapsack --threat W2-Linf:4/255 --force -o $out/\$run-w2.json; done"
+entry 8 step-cost-wrn python benchmarks/step_cost.py --model "$wrn" --random --data "$data" --batch 256 --compile --out "$out/step_cost_wrn.json"
+entry 9 step-cost-cosine python benchmarks/step_cost.py --model "$out/r18-trades" --data "$data" --batch 512 --out "$out/step_cost_trained.json"

@@ -147,5 +147,5 @@ def test_a_cap_is_held_and_its_rest_is_spent_elsewhere():
 
 def test_ema_cannot_rescale():
     with pytest.raises(ValueError, match="remembers a moment and no norms"):
-        Budget(upsilon="ema")
-    assert math.isclose(Budget(upsilon="ema", rescale=False).cap or 0, 3)
+        Budget(upsilon="ema", rescale=True)
+    assert math.isclose(Budget(upsilon="ema").cap or 0, 3)

@@ -85,7 +85,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_does_not(tmp_path)
 
 @pytest.mark.parametrize("rule", ["epoch", "every", "ema", "window"])
 def test_a_stopped_run_continues_bit_for_bit(rule, tmp_path):
-    method = Wasserstein(steps=2, adversary={"name": "budget", "upsilon": rule, "every": 2, "images": 48, "rescale": False})
+    method = Wasserstein(steps=2, adversary={"name": "budget", "upsilon": rule, "every": 2, "images": 48})
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     kwargs = {"ema": 0.9, "checkpoint_steps": 2, "momentum": 0.9}
