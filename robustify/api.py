@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from robustify import data as datasets
-from robustify import files, sources
+from robustify import files, model_folder, sources
 from robustify.arrays import split_of
 from robustify.attacks import AttackSpec
 from robustify.data import Data
@@ -20,14 +22,15 @@ from robustify.distributed import World
 from robustify.errors import UserError
 from robustify.evaluation import evaluate as measure
 from robustify.events import Listener, Progress
-from robustify.export import CONFIG, WEIGHTS
 from robustify.export import export as write_model
+from robustify.export import round_weights
+from robustify.model_folder import CONFIG, WEIGHTS
 from robustify.modes import borrowed
 from robustify.pixels import PixelModel
 from robustify.recipe import DEFAULT_RADIUS, EvalSettings
-from robustify.report import Report
+from robustify.report import Report, save_pair
 from robustify.sources import Checkpoint
-from robustify.sources.local import is_model
+from robustify.sources.checkpoint import agreed_license
 from robustify.splits import Split
 from robustify.threat import ThreatModel
 
@@ -138,21 +141,31 @@ def export(
     model: Checkpoint | str | Path,
     folder: str | Path,
     *,
+    formats: Sequence[str] = (),
+    half: bool = False,
+    data: Any = None,
+    n: int = 1000,
+    license: str | None = None,
     models_dir: str | Path | None = None,
     allow_pickle: bool = False,
     force: bool = False,
+    listener: Listener | None = None,
 ) -> Path:
     """Write a model into a new folder in timm's layout, read it back and compare; return the folder's absolute path.
 
     model: a Checkpoint, or a source as for `load`. Of a run or a model folder the class names, the facts about its
-    hardening and its card (README.md) go along. Raises UserError when the model does not survive, when `folder` holds
-    something and `force` is false, and when the disk is full.
+    hardening, its recipe, report and card (README.md) go along.
+    formats: onnx, pt2: written too, compared with the model on images of `data`, else on random ones.
+    half: round the weights to half precision; what that costs in accuracy is measured on `n` test images of `data`, clean
+    and under PGD-20 of the model's threat, and written to half.json and the card. data: as for `evaluate`.
+    license: of the base model where it is not known. Raises UserError when the model does not survive, when `folder`
+    holds something and `force` is false, when half precision has no data, and when the disk is full.
     """
     if isinstance(model, Checkpoint):
         checkpoint, origin = model, None
     else:
         checkpoint = load(model, models_dir=models_dir, allow_pickle=allow_pickle)
-        origin = _folder(Path(str(model).removeprefix("local-dir:")).expanduser())
+        origin = model_folder.find(model)
     config: dict[str, Any] = {}
     head: dict[str, str] = {}
     if origin is not None:
@@ -160,20 +173,57 @@ def export(
         if (origin / WEIGHTS).is_file():
             with safe_open(origin / WEIGHTS, "pt") as opened:  # pyright: ignore[reportGeneralTypeIssues]
                 head = opened.metadata() or {}
+    agreed = agreed_license(checkpoint.license, license, checkpoint.base_id)
+    checkpoint = dataclasses.replace(checkpoint, license=agreed)
+    target = files.new_folder(folder, force)
     images = torch.rand(4, *checkpoint.input_size, generator=torch.Generator().manual_seed(0))
-    target = write_model(
+    rounding: tuple[Report, Report] | None = None
+    if half and data is None:
+        hint = "name them: --data cifar10, or --data folder:PATH (data=... in Python)"
+        raise UserError("what half precision costs is measured on images, and none are known", hint)
+    if data is not None:
+        split, _, _ = _images(data, "test", checkpoint, 0, listener)
+        images, _ = split.batch(range(min(64, len(split))))
+        if half:
+            rounding = _measure_rounding(checkpoint, data, min(n, len(split)), listener)
+
+    def finish(stage: Path) -> None:
+        for name, path in (model_folder.belongings(origin) if origin else {}).items():
+            (stage / name).parent.mkdir(exist_ok=True)
+            files.write_bytes(stage / name, path.read_bytes())
+        if rounding is not None:
+            save_pair(stage / model_folder.HALF, *rounding)
+        if (stage / model_folder.RECIPE).is_file() and (stage / model_folder.REPORT).is_file():
+            model_folder.write_card(stage, place=target)
+
+    return write_model(
         checkpoint,
         checkpoint.model,
         folder,
         verify_batch=images,
         metadata=head,
+        formats=formats,
+        half=half,
         force=force,
         class_names=config.get("label_names") or (),
         robustness=config.get("robustness") or {},
+        finish=finish,
     )
-    if origin is not None and (origin / "README.md").is_file():
-        files.write_bytes(target / "README.md", (origin / "README.md").read_bytes())
-    return target
+
+
+def _measure_rounding(checkpoint: Checkpoint, data: Any, n: int, listener: Listener | None) -> tuple[Report, Report]:
+    """Reports of the model and of the one with rounded weights, on the same images."""
+    known = checkpoint.threat or ""  # RobustBench's names no radius
+    threat = ThreatModel.parse(known if ":" in known else DEFAULT_RADIUS)
+    rounded = copy.deepcopy(checkpoint.model)
+    round_weights(rounded)
+    name = checkpoint.base_id
+
+    def reported(model: nn.Module, model_id: str) -> Report:
+        attacks, against = ("clean", "pgd"), threat.pointwise()
+        return evaluate(model, data, attacks=attacks, threat=against, n=n, model_id=model_id, check=False, listener=listener)
+
+    return reported(checkpoint.model, name), reported(rounded, f"{name}, rounded")
 
 
 def split_named(data: Data, name: str) -> Split:
@@ -181,13 +231,6 @@ def split_named(data: Data, name: str) -> Split:
     if name not in SPLITS:
         raise UserError(f"unknown split {name!r}", f"splits: {', '.join(SPLITS)}")
     return getattr(data, name)
-
-
-def _folder(path: Path) -> Path | None:
-    """The folder with the config.json, which a run keeps in model/; None when it is no folder of a model."""
-    if not is_model(path):
-        return None
-    return path if (path / CONFIG).is_file() else path / "model"
 
 
 def _pixel_model(model: Model, mean: Sequence[float], std: Sequence[float]) -> tuple[PixelModel, Checkpoint | None]:

@@ -1,4 +1,4 @@
-"""The model card: a README.md made of a run's facts. Every accuracy is a report's; the prose is in model_cards/."""
+"""The model card's text, made of a run's facts. Every accuracy is a report's; the prose is in model_cards/."""
 from __future__ import annotations
 
 import math
@@ -11,59 +11,38 @@ from typing import Any
 
 import yaml
 
-from robustify import files
+from robustify.citations import citations, published_row
 from robustify.compare import compare
 from robustify.errors import UserError
 from robustify.front_matter import attack_name, dataset_name, front_matter
 from robustify.intervals import percent, percent_interval
 from robustify.report import Headline, Report, Row, plain
-from robustify.sources.checkpoint import Checkpoint
 from robustify.threat import ThreatModel
 
 BEGIN, END = "<!-- robustify:begin -->", "<!-- robustify:end -->"
 YOURS = "<!-- Text outside the two robustify markers is yours: it stays when this card is made anew. -->"
-METHOD_PAPERS = {  # by arXiv number, in model_cards/papers.bib
-    "wasserstein": ("2502.09352", "2306.09844", "1901.08573"),
-    "trades": ("1901.08573",),
-    "pgd-at": ("1706.06083",),
-    "fast-at": ("2001.03994",),
-}
 HIDDEN = ("stages", "left")  # of a cascade: they are in the report
 SIZES = {"Linf": "largest change of any channel", "L2": "Euclidean length", "L1": "sum of absolute changes"}
-
-
-def write_card(folder: str | Path, **facts: Any) -> Path:
-    """Write README.md into an exported folder and return its path; what a person wrote there stays.
-
-    facts: as `render` takes them; `name` is the folder's unless given, as for the model/ in a run's folder.
-    """
-    path = Path(folder).resolve() / "README.md"
-    name = facts.pop("name", path.parent.name)
-    inside = path.parent.parent.name == name
-    text = render(name=name, path=f"{name}/{path.parent.name}" if inside else path.parent.name, **facts)
-    if path.exists():
-        text = update(path.read_text(encoding="utf8"), text)
-    files.write_text(path, text)
-    return path
 
 
 def render(
     *,
     name: str,
-    checkpoint: Checkpoint,
+    config: Mapping[str, Any],
     recipe: Mapping[str, Any],
-    digest: str,
     command: str,
     before: Report,
     after: Report,
-    class_names: Sequence[str] = (),
-    seconds: float | None = None,
+    half: tuple[Report, Report] | None = None,
+    figures: Mapping[str, str] | None = None,
     path: str | None = None,
+    hub: str | None = None,
 ) -> str:
     """Return the card's text: YAML front matter, and the section between the two markers.
 
-    name: of the model. checkpoint: the base. recipe: resolved, with `method.name` and `threat`; digest: its own.
-    command: what was typed. seconds: spent in training, None when unknown. path: of the folder, if not the name.
+    name: of the model. config: its config.json. recipe: resolved, with `method.name` and `threat`. command: what was
+    typed. before, after: of the hardening; half: of rounding the weights. figures: captions by file.
+    path: of the folder, if not the name. hub: OWNER/NAME, for the card that goes there.
     """
     method = str(recipe["method"]["name"])
     headlines = [after.headline(threat) for threat in after.threats]
@@ -71,28 +50,30 @@ def render(
     body = _filled(
         "template.md",
         name=name,
-        summary=_summary(name, checkpoint, recipe, before, after),
+        summary=_summary(name, config, recipe, before, after),
         table=_table(before, after, headlines),
+        figures="\n\n".join(f"![{caption}]({file})" for file, caption in (figures or {}).items()),
         notes=" ".join([*after.notes, *(f"Before hardening: {n}" for n in before.notes if n not in after.notes)]),
         headlines="\n".join(_headline(found) for found in headlines),
         attacks=_attacks(after),
         seed=after.seed,
         report=after.digest(),
+        half=_half(half),
         threats="\n".join(f"- {_in_words(ThreatModel.parse(threat))}" for threat in threats),
         data=f"{dataset_name(after)}, {after.split} split",
-        usage=_usage(name, path or name, checkpoint),
+        usage=_usage(name, path or name, hub, config),
         method=method,
         threat=_shown(recipe["threat"]),
         command=_private(command) or "(not recorded)",
-        classes=_classes(checkpoint, class_names),
-        digest=digest,
+        classes=_classes(config),
+        digest=config["robustness"].get("recipe"),
         recipe=_private(yaml.safe_dump(plain(recipe), sort_keys=False)).rstrip(),
-        cost=_cost(before, after, seconds),
-        license=_license(checkpoint),
-        citations=_citations(method),
+        cost=_cost(before, after, config["robustness"].get("training")),
+        license=_license(config),
+        citations=citations(config, method, after),
     )
     body = re.sub(r"\s*\n\n\n+", "\n\n", body).rstrip()  # where a fact is absent
-    return f"---\n{front_matter(name, checkpoint, method, after)}\n---\n\n{body}\n\n{YOURS}\n"
+    return f"---\n{front_matter(name, config, method, after)}\n---\n\n{body}\n\n{YOURS}\n"
 
 
 def update(existing: str, new: str) -> str:
@@ -135,10 +116,10 @@ def _filled(template: str, **values: Any) -> str:
     return Template(text).substitute(values)
 
 
-def _summary(name: str, checkpoint: Checkpoint, recipe: Mapping[str, Any], before: Report, after: Report) -> str:
-    method, threat = recipe["method"]["name"], _shown(recipe["threat"])
+def _summary(name: str, config: Mapping[str, Any], recipe: Mapping[str, Any], before: Report, after: Report) -> str:
+    method, threat, base = recipe["method"]["name"], _shown(recipe["threat"]), config["robustness"]["base_model"]
     sentences = [
-        f"{name} is an image classifier: `{checkpoint.base_id}`, fine-tuned on {dataset_name(after)} by robustify with "
+        f"{name} is an image classifier: `{base}`, fine-tuned on {dataset_name(after)} by robustify with "
         f"the method {method}, "
         + ("which gives no robustness." if method == "standard" else f"against adversarial perturbations ({threat}).")
     ]
@@ -153,10 +134,12 @@ def _summary(name: str, checkpoint: Checkpoint, recipe: Mapping[str, Any], befor
     return " ".join(sentences)
 
 
-def _table(before: Report, after: Report, headlines: Sequence[Headline]) -> str:
+def _table(
+    before: Report, after: Report, headlines: Sequence[Headline], names: tuple[str, str] = ("Before", "After")
+) -> str:
     """Before and after: one line per row, and one per threat that several attacks share."""
     was, changes = {row.key: row for row in before.rows}, _changes(before, after)
-    lines = [["Attack", "Threat", "Before", "After", "Change, in points", "n"], ["---"] * 6]
+    lines = [["Attack", "Threat", *names, "Change, in points", "n"], ["---"] * 6]
     for row in after.rows:
         change = changes.get((row.attack, row.threat), "")
         lines.append(_line(attack_name(row), row.threat, was.get(row.key), row, change))
@@ -218,52 +201,70 @@ def _in_words(threat: ThreatModel) -> str:
     )
 
 
-def _usage(name: str, path: str, checkpoint: Checkpoint) -> str:
-    if checkpoint.arch == "custom":
-        return _filled("use_custom.md", path=path).rstrip()
-    ours = checkpoint.arch.startswith(("robustbench_", "robustify_"))
-    arguments = {"num_classes": checkpoint.num_classes, **checkpoint.arch_args}
+def _half(reports: tuple[Report, Report] | None) -> str:
+    if reports is None:
+        return ""
+    text = "The weights in this folder were rounded to half precision after the measurements above. What that changed"
+    table = _table(*reports, headlines=(), names=("Single precision", "Rounded"))
+    return f"## Half precision\n\n{text} (reports `{reports[0].digest()}`, `{reports[1].digest()}`):\n\n{table}"
+
+
+def _usage(name: str, path: str, hub: str | None, config: Mapping[str, Any]) -> str:
+    arch = config["architecture"]
+    weights = f'huggingface_hub.hf_hub_download("{hub}", "model.safetensors")' if hub else f'"{path}/model.safetensors"'
+    if arch == "custom":
+        return _filled("use_custom.md", weights=weights).rstrip()
+    ours = arch.startswith(("robustbench_", "robustify_"))
+    arguments = {"num_classes": config["num_classes"], **config.get("model_args", {})}
+    imports = ["import huggingface_hub"] * bool(hub)
+    imports += ["import robustify  # registers the architecture with timm"] * ours
     return _filled(
         "use_timm.md",
-        name=name,
-        path=path,
-        arch=checkpoint.arch,
-        first="import robustify  # registers the architecture with timm\nimport timm\n" if ours else "import timm\n",
+        alone="" if ours else " alone",
+        hub="" if hub else f"; on the hub, `hf-hub:OWNER/{name}`",
+        location=f"hf-hub:{hub}" if hub else f"local-dir:{path}",
+        source=f"hf-hub:{hub}" if hub else path,
+        weights=weights,
+        arch=arch,
+        first="\n".join([*imports, "import timm", ""]),
         arguments=", ".join(f"{key}={value!r}" for key, value in arguments.items()),
-        shape=", ".join(map(str, checkpoint.input_size)),
+        shape=", ".join(map(str, config["pretrained_cfg"]["input_size"])),
     ).rstrip()
 
 
-def _classes(checkpoint: Checkpoint, names: Sequence[str]) -> str:
+def _classes(config: Mapping[str, Any]) -> str:
+    names = config.get("label_names") or []
     if not names:
-        return f"It tells {checkpoint.num_classes} classes apart; their names are not known."
+        return f"It tells {config['num_classes']} classes apart; their names are not known."
     shown = ", ".join(names[:20]) + (", ... (all in `config.json`)" if len(names) > 20 else "")
     return f"Its {len(names)} classes, in the order of the outputs: {shown}."
 
 
-def _cost(before: Report, after: Report, seconds: float | None) -> str:
+def _cost(before: Report, after: Report, training: Mapping[str, Any] | None) -> str:
+    """Seconds, passes, device. training: seconds, steps, batch_size and passes per image, as the pipeline writes them."""
     env = after.environment
-    training = f"Training took {seconds:.1f} s" if seconds is not None else "The training was not timed"
+    trained = "The training was not timed"
+    if training:
+        trained = f"Training took {_hours(training['seconds'])}"
+        passes = ", ".join(f"{count:g} {kind}" for kind, count in training["passes_per_image"].items())
+        trained += f": {training['steps']} steps of {training['batch_size']} images, and for each image {passes} passes"
     first, second = (sum(row.seconds for row in report.rows) for report in (before, after))
     place = f"{env.get('device', 'an unknown device')}, {env.get('threads', '?')} threads"
     versions = ", ".join(f"{key} {env[key]}" for key in ("robustify", "torch", "timm", "python") if key in env)
-    return f"{training}; measuring took {first:.1f} s before and {second:.1f} s after it, on {place} ({versions})."
+    return f"{trained}. Measuring took {_hours(first)} before and {_hours(second)} after it, on {place} ({versions})."
 
 
-def _license(checkpoint: Checkpoint) -> str:
-    link = (checkpoint.published or {}).get("link")
-    base = f"The base model is `{checkpoint.base_id}`" + (f" ({link})" if link else "")
-    if checkpoint.license:
-        return f"{base}. Its license, {checkpoint.license}, holds for this model too. Please cite the base model."
+def _hours(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 600 else f"{seconds / 3600:.2f} hours"
+
+
+def _license(config: Mapping[str, Any]) -> str:
+    origin, license = config["robustness"]["base_model"], config["pretrained_cfg"].get("license")
+    link = (published_row(origin) or {}).get("link")
+    base = f"The base model is `{origin}`" + (f" ({link})" if link else "")
+    if license:
+        return f"{base}. Its license, {license}, holds for this model too. Please cite the base model."
     return f"{base}. Its license is unknown: ask its authors before you share this model, and cite them."
-
-
-def _citations(method: str) -> str:
-    if method not in METHOD_PAPERS:
-        return ""
-    entries = _filled("papers.bib").strip().split("\n\n")
-    cited = [entry for number in METHOD_PAPERS[method] for entry in entries if f"arXiv:{number}" in entry]
-    return "```bibtex\n" + "\n".join(cited) + "\n```"
 
 
 def _shown(threat: str | ThreatModel | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,17 @@ from torch import Tensor, nn
 
 from robustify import files
 from robustify.environment import version_of
+from robustify.equivalents import in_timm
 from robustify.errors import UserError
+from robustify.formats import check_format, write_format
 from robustify.layers import find_classifier
+from robustify.model_folder import CONFIG, OURS, WEIGHTS
 from robustify.pixels import PixelModel
 from robustify.report import plain
 from robustify.sources import local
 from robustify.sources.checkpoint import CUSTOM, Checkpoint
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CROP = ("interpolation", "crop_pct", "crop_mode")
 
 
 def export(
@@ -34,35 +37,67 @@ def export(
     metadata: Mapping[str, Any],
     verify_batch: Tensor,
     class_names: Sequence[str] = (),
+    formats: Sequence[str] = (),
+    half: bool = False,
+    finish: Callable[[Path], object] | None = None,
     force: bool = False,
 ) -> Path:
     """Write the hardened `model` into `folder` as timm reads it, and return the folder's absolute path.
 
     checkpoint:   what the model was made from: how to build its network anew, and what is known about it.
-    model:        the hardened PixelModel, perhaps wrapped for training; it is exported in single precision.
+    model:        the hardened PixelModel, perhaps wrapped for training; it is exported in single precision. A network
+                  of RobustBench that timm has too is exported as timm's.
     robustness:   what config.json says under `robustness`, beside base_model and dataset; sources read its `threat`.
     metadata:     more entries for the head of the weights' file, such as threat and recipe.
     verify_batch: images in [0,1], [N, C, H, W]. A network built anew from the written files must give the same logits.
+    formats:      onnx, pt2: model.onnx and model.pt2 beside the weights, see robustify.formats.
+    half:         round the weights to half precision; buffers, such as BatchNorm's statistics, stay as they are.
+    finish:       called with the folder before it appears, to put the card and more into it.
 
-    The folder appears only when it does; other files in an older folder stay. Raises UserError when the network does
-    not survive the way through the files, when files.new_folder refuses the folder, and when the disk is full.
+    The folder appears only when it does; a person's files in an older folder stay, an older model's go. Raises UserError
+    when the network does not survive the way through the files, when files.new_folder refuses the folder, when a format's
+    library is missing, and when the disk is full.
     """
     target = files.new_folder(folder, force)
+    for name in formats:
+        check_format(name)
     net, mean, std = _plain_network(model)
     original = PixelModel(net, mean, std).eval()
     x = verify_batch.detach().to("cpu", torch.float32)
+    if checkpoint.arch.startswith("robustbench_") and (same := in_timm(original, x)) is not None:
+        checkpoint = dataclasses.replace(checkpoint, arch=same.arch, arch_args=same.arch_args)
+        crop = {key: value for key, value in _described(net).items() if key in CROP}
+        original = same.model
+        vars(original.net)["pretrained_cfg"] = _described(original.net) | crop
+    if half:
+        round_weights(original)
+    net = original.net
     logits = _logits(original, x)
     if not logits.isfinite().all():
-        raise UserError("the model's logits are not finite", "it is not worth exporting: look at the run's losses")
+        hint = "it needs single precision" if half else "it is not worth exporting: look at the run's losses"
+        raise UserError("the model's logits are not finite", hint)
 
-    state = _state(net)
+    state = _state(net, half)
     config = _config(checkpoint, original, state, x, class_names, robustness)
     weights = safetensors.torch.save(state, _head(checkpoint, metadata))
-    with files.staged_folder(target, needed=len(weights)) as stage:
+    with files.staged_folder(target, needed=len(weights), drop=OURS, force=force) as stage:
         files.write_bytes(stage / WEIGHTS, weights)
         files.write_json(stage / CONFIG, config)
         _compare(original, logits, _read_back(stage, net), x)
+        gaps = {name: write_format(name, original, x, stage) for name in formats}
+        if gaps:
+            config["robustness"]["formats"] = gaps
+            files.write_json(stage / CONFIG, config)
+        if finish is not None:
+            finish(stage)
     return target
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module) -> None:
+    """Round every weight to half precision, in place; the network stays one that computes in single precision."""
+    for weight in model.parameters():
+        weight.copy_(weight.to(torch.float16))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -89,9 +124,12 @@ def _short(values: Tensor) -> list[float]:
     return [float(str(v)) for v in values.flatten().float().cpu().numpy()]
 
 
-def _state(net: nn.Module) -> dict[str, Tensor]:
+def _state(net: nn.Module, half: bool) -> dict[str, Tensor]:
     """The state dict as safetensors can hold it: nothing shared, nothing strided, no names of wrappers."""
     state = net.state_dict()
+    if half:
+        rounded = {name for name, _ in net.named_parameters(remove_duplicate=False)}
+        state = {name: value.to(torch.float16) if name in rounded else value for name, value in state.items()}
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
         raise UserError(f"the network's state {odd[0]!r} is not a tensor", "safetensors holds tensors only")
@@ -107,7 +145,7 @@ def _config(
     robustness: Mapping[str, Any],
 ) -> dict[str, Any]:
     """config.json as timm's save_for_hf lays it out; timm carries the extra key `robustness` along and ignores it."""
-    known = getattr(model.net, "pretrained_cfg", None) or {}
+    known = _described(model.net)
     channels = checkpoint.input_size[0]
     mean, std = _short(model.mean), _short(model.std)
     classifier = _classifier(model, x, known.get("classifier"), state)
@@ -143,6 +181,11 @@ def _config(
     said = {key: value for key, value in config.items() if value}
     origin = {"base_model": checkpoint.base_id, "dataset": checkpoint.dataset}
     return plain({**said, "pretrained_cfg": pretrained_cfg, "robustness": {**origin, **robustness}})
+
+
+def _described(net: nn.Module) -> dict[str, Any]:
+    """What timm says about a network; nothing about others."""
+    return dict(getattr(net, "pretrained_cfg", None) or {})
 
 
 def _classifier(model: PixelModel, x: Tensor, known: Any, state: Mapping[str, Tensor]) -> str | list[str] | None:

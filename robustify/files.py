@@ -10,8 +10,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +74,15 @@ def new_folder(path: str | Path, force: bool = False) -> Path:
 
 
 @contextmanager
-def staged_folder(path: str | Path, needed: int | None = None) -> Iterator[Path]:
+def staged_folder(
+    path: str | Path, needed: int | None = None, *, drop: Collection[str] = (), force: bool = True
+) -> Iterator[Path]:
     """Build a folder under a temporary name beside `path`; when the block ends well it takes the place of `path`.
 
-    Yields the empty folder to fill. Files of an older folder that the block did not write stay. When the block raises,
-    the older folder, or none, is left as it was. needed: bytes, where known. Raises UserError when the disk is full.
+    Yields the empty folder to fill. Files of an older folder that the block did not write stay, but for those named in
+    `drop`. When the block raises, the older folder, or none, is left as it was. Of several processes that build the
+    same folder each gets its turn, so it always is the work of one of them. needed: bytes, where known. Raises
+    UserError when the disk is full, and when the folder holds something by then and `force` is false.
     """
     folder = Path(path).expanduser().resolve()
     stage = _temporary(folder)
@@ -88,13 +92,15 @@ def staged_folder(path: str | Path, needed: int | None = None) -> Iterator[Path]
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir()
             yield stage
-            if folder.is_dir():
-                _link_missing(folder, stage)
             for file in stage.rglob("*"):
                 if file.is_file():
                     _flush(file)
-            _flush(stage)
-            _swap(stage, folder)
+            with _turn(folder.parent):
+                if folder.is_dir():
+                    new_folder(folder, force)
+                    _link_missing(folder, stage, drop)
+                _flush(stage)
+                _swap(stage, folder)
             _flush(folder.parent)
     finally:  # after a swap the temporary name holds the older folder
         shutil.rmtree(stage, ignore_errors=True)
@@ -120,11 +126,28 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _link_missing(old: Path, new: Path) -> None:
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Wait for the other processes that change what lies in `folder`. The lock ends with the process, however it ends."""
+    if os.name == "nt":  # no such lock there
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _link_missing(old: Path, new: Path, drop: Collection[str]) -> None:
     """Give `new` every file of `old` that it lacks, as a hard link where the disk can: `old` stays whole."""
     for source in old.rglob("*"):
         target = new / source.relative_to(old)
-        if target.exists() or target.is_symlink():
+        if target.exists() or target.is_symlink() or source.name in drop:
             continue
         if source.is_dir() and not source.is_symlink():
             target.mkdir(parents=True)

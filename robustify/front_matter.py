@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from robustify.report import Headline, Report, Row, plain
-from robustify.sources.checkpoint import Checkpoint
 
 HUB_DATASETS = {
     "cifar10": "uoft-cs/cifar10",
@@ -20,21 +20,22 @@ HUB_DATASETS = {
 HUB_LICENSES = {
     *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "agpl-3.0", "lgpl-3.0", "mpl-2.0"),
     *("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "openrail"),
+    "unknown",
 }
 HUB_ID = re.compile(r"^\w[\w.-]*/[\w.-]+$")  # OWNER/NAME; the names of other sources have a colon, no slash, or several
 
 
-def front_matter(name: str, checkpoint: Checkpoint, method: str, after: Report) -> str:
-    """Return the YAML between the card's two lines of dashes. name: of the model; after: what model-index lists."""
+def front_matter(name: str, config: Mapping[str, Any], method: str, after: Report) -> str:
+    """Return the YAML between the card's two lines of dashes. config: config.json; after: what model-index lists."""
     data = dataset_name(after)
     facts: dict[str, Any] = {}
-    if checkpoint.license:
-        known = checkpoint.license.lower()
+    if config["pretrained_cfg"].get("license"):
+        known = config["pretrained_cfg"]["license"].lower()
         facts = {"license": known} if known in HUB_LICENSES else {"license": "other", "license_name": known}
-    if HUB_ID.match(checkpoint.base_id):
-        facts |= {"base_model": checkpoint.base_id, "base_model_relation": "finetune"}
+    if HUB_ID.match(config["robustness"]["base_model"]):
+        facts |= {"base_model": config["robustness"]["base_model"], "base_model_relation": "finetune"}
     card = ModelCardData(
-        library_name="pytorch" if checkpoint.arch == "custom" else "timm",
+        library_name="pytorch" if config["architecture"] == "custom" else "timm",
         pipeline_tag="image-classification",
         datasets=[HUB_DATASETS[data]] if data in HUB_DATASETS else None,
         metrics=["accuracy"],
@@ -44,6 +45,26 @@ def front_matter(name: str, checkpoint: Checkpoint, method: str, after: Report) 
         **facts,
     )
     return card.to_yaml().strip()
+
+
+def eval_results(after: Report) -> list[dict[str, Any]]:
+    """Return the same results as .eval_results/*.yaml lists them; none for data that the hub does not have.
+
+    The schema is the hub's (github.com/huggingface/hub-docs, eval_results.yaml). The hub shows a result once the data
+    set's own page defines a task of that name.
+    """
+    data = dataset_name(after)
+    if data not in HUB_DATASETS:
+        return []
+    entries = []
+    for row in after.rows:
+        low, high = row.interval
+        task = "-".join(re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") for text in (row.attack, row.threat) if text)
+        notes = f"{attack_name(row)} accuracy{_radius(row.threat)}, n={row.n}, 95 % interval [{low:.4f}, {high:.4f}]"
+        value = round(row.accuracy, 4)
+        dataset = {"id": HUB_DATASETS[data], "task_id": task}
+        entries.append({"dataset": dataset, "value": value, "date": after.created[:10], "notes": notes})
+    return entries
 
 
 def dataset_name(report: Report) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from robustify.recipe import Recipe
 from robustify.rng import mix
 from robustify.sources import Checkpoint
 from robustify.sources import load as load_source
+from robustify.sources.checkpoint import agreed_license
 from robustify.verify import verify
 
 _WEIGHTS = 14  # first word of the seed, as in train.py
@@ -40,6 +42,8 @@ def load_inputs(recipe: Recipe, listener: Listener) -> tuple[Checkpoint, Data]:
             models_dir=Path(m.models_dir) if m.models_dir else None,
             allow_pickle=m.allow_pickle,
         )
+    license = agreed_license(checkpoint.license, m.license, checkpoint.base_id)
+    checkpoint = replace(checkpoint, license=license)
     data = datasets.load(
         d.name,
         root=Path(d.root) if d.root else None,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from robustify import data as datasets
 from robustify import files, layers
 from robustify.blend import Weights, between, choose, curve
-from robustify.card import write_card
+from robustify.card_figures import Gallery, draw
 from robustify.data import Data
 from robustify.distributed import World, busy_cores, main_first, make_accelerator
 from robustify.errors import UserError
@@ -27,6 +27,7 @@ from robustify.export import export
 from robustify.inputs import augmentation, gate, load_inputs, prepare_weights
 from robustify.memory import memory_explained
 from robustify.methods import withstood
+from robustify.model_folder import write_card
 from robustify.modes import borrowed
 from robustify.pixels import PixelModel
 from robustify.plan import planned
@@ -177,6 +178,7 @@ def _run(
     model = checkpoint.model.to(accelerator.device)
     data = data.to(accelerator.device)
     gate(recipe, checkpoint, data, world, tell)
+    gallery = Gallery.begin(model, data) if export_it and world.is_main else None
     if (warning := busy_cores()) is not None:
         tell(Note(warning, "warning"))
     tell(Planned(planned(recipe, checkpoint, data)))
@@ -217,7 +219,7 @@ def _run(
     if world.is_main:
         save_pair(folder / "report.json", before, after)
         if export_it:
-            _export(folder, recipe, checkpoint, model, data, (before, after), outcome, command)
+            _export(folder, recipe, checkpoint, model, data, (before, after), outcome, gallery)
             tell(Exported(folder / "model"))
         clear_state(folder)
     world.wait()
@@ -303,39 +305,41 @@ def _export(
     data: Data,
     reports: tuple[Report, Report],
     outcome: Outcome,
-    command: str,
+    gallery: Gallery | None,
 ) -> None:
-    """model/ in timm's layout, with its card; the card comes last, so a folder with one is whole."""
-    n = min(64, len(data.test))
-    x, _ = data.test.batch(range(n))
-    names = data.class_names or ()
-    after = reports[1]
-    threat = recipe.threat.spec if recipe.method.adversarial else None
+    """model/ in timm's layout, with its card; it appears as a whole."""
+    x, _ = data.test.batch(range(min(64, len(data.test))))
+    threat = recipe.threat if recipe.method.adversarial else None
+
+    def finish(stage: Path) -> None:
+        draw(stage, *reports, folder / "metrics.jsonl", gallery, model)
+        write_card(stage, place=folder.resolve() / "model")
+
     export(
         checkpoint,
         model,
         folder / "model",
         robustness={
-            "threat": threat,
+            "threat": threat and threat.spec,
             "dataset": data.name,
             "method": recipe.method.name,
             "recipe": recipe.digest,
-            "report": after.digest(),
+            "report": reports[1].digest(),
+            "training": _cost(recipe, outcome),
         },
         metadata={"threat": threat, "recipe": recipe.digest},
         verify_batch=x,
-        class_names=names,
+        class_names=data.class_names or (),
+        finish=finish,
         force=True,
     )
-    write_card(
-        folder / "model",
-        name=folder.resolve().name,
-        checkpoint=checkpoint,
-        recipe=recipe.to_dict(),
-        digest=recipe.digest,
-        command=command,
-        before=reports[0],
-        after=after,
-        class_names=names,
-        seconds=outcome.seconds,
-    )
+
+
+def _cost(recipe: Recipe, outcome: Outcome) -> dict[str, Any]:
+    """What the training spent. A method's cost is linear in its passes, so each kind is found by pricing it alone."""
+    cost = recipe.method.passes
+    forward = cost(0, 0)
+    image, weights = cost(1, 0) - forward, cost(0, 1) - forward
+    passes = {"forward": forward, "backward to the image": image, "backward to the weights": weights}
+    steps = {"steps": outcome.steps, "batch_size": recipe.train.batch_size, "best_epoch": outcome.best_epoch}
+    return {"seconds": round(outcome.seconds, 1), **steps, "passes_per_image": passes}

@@ -246,6 +246,18 @@ def check(path: str | Path) -> None:
         raise UserError("pictures need matplotlib", "pip install 'robustify[plots]'") from None
 
 
+def training(path: str | Path, epochs: Sequence[int], accuracies: Mapping[str, Sequence[float]]) -> None:
+    """Draw held-out accuracies in [0,1] by epoch, one line each; epoch 0 is before the training."""
+    with _figure(path, (6.4, 3.6)) as figure:
+        axes = figure.subplots()
+        for colour, (name, values) in zip(_colours(accuracies), accuracies.items(), strict=True):
+            axes.plot(epochs, 100 * np.asarray(values), color=colour, marker="o", markersize=3, label=name)
+        axes.set(ylim=(0, 100), xlabel="epoch", ylabel="accuracy, %")
+        axes.xaxis.get_major_locator().set_params(integer=True)  # pyright: ignore[reportCallIssue]
+        axes.set_title("Held-out images", loc="left", fontsize=11)
+        axes.legend()
+
+
 @contextmanager
 def _figure(path: str | Path, size: tuple[float, float]) -> Iterator[Figure]:
     """A figure that is saved to `path` when the block ends well."""

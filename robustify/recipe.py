@@ -26,7 +26,8 @@ DEFAULT_RADIUS = "Linf:8/255"
 
 
 class ModelSettings(Settings):
-    """Where the network comes from. source: a RobustBench name, a timm name, or a folder (`robustify ls models`)."""
+    """Where the network comes from. source: a RobustBench name, a timm name, or a folder (`robustify ls models`).
+    license: of that network, where it does not say it itself."""
 
     source: str
     dataset: str | None = None
@@ -38,6 +39,7 @@ class ModelSettings(Settings):
     )  # where the weights lie here; no part of what is repeated elsewhere
     allow_pickle: bool = False
     verify: bool = True
+    license: str | None = None
 
 
 class DataSettings(Settings):
@@ -219,13 +221,10 @@ class Recipe(Settings):
     def digest(self) -> str:
         """Twelve hexadecimal digits that change with any setting that the result depends on."""
         values = self.to_dict()
-        for section, key in (
-            ("model", "verify"),
-            ("train", "tracker"),
-            ("train", "checkpoint_steps"),
-            ("data", "workers"),
-        ):
-            del values[section][key]
+        nothing = {"model": ("verify", "license"), "train": ("tracker", "checkpoint_steps"), "data": ("workers",)}
+        for section, keys in nothing.items():
+            for key in keys:
+                del values[section][key]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -18,7 +18,7 @@ FILES = {
 # a library, and the modules that may import it anywhere in their text
 KNOWS = {
     "accelerate": {"distributed", "step", "evaluation", "pipeline", "checkpoints"},
-    "timm": {"sources", "registry", "data", "export", "step", "schedules", "nets"},
+    "timm": {"sources", "registry", "data", "export", "equivalents", "step", "schedules", "nets"},
     "robustbench": {"sources/robustbench"},
     "typer": {"cli", "console"},
     "rich": {"cli", "console"},
@@ -70,7 +70,13 @@ LAYERS = [
         "checkpoints",
         "export",
         "card",
+        "card_figures",
+        "citations",
+        "equivalents",
+        "formats",
         "front_matter",
+        "model_folder",
+        "push",
         "pieces",
         "sanity",
         "compare",

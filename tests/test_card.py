@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -12,13 +13,16 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from robustify import card
-from robustify.card import BEGIN, END, render, update, write_card
+from robustify import api, card, citations
+from robustify.card import BEGIN, END, render, update
+from robustify.citations import METHOD_PAPERS, entries_by_key
 from robustify.errors import UserError
 from robustify.export import export
+from robustify.front_matter import eval_results
 from robustify.intervals import paired_difference, percent, percent_interval
+from robustify.model_folder import write_card
 from robustify.pixels import PixelModel
-from robustify.report import Report, Row
+from robustify.report import Report, Row, save_pair
 from robustify.sources.checkpoint import Checkpoint
 
 LINF, W2 = "Linf:8/255", "W2-Linf:8/255"
@@ -54,17 +58,22 @@ def report(seed: int, share: float, **more) -> Report:
 BEFORE, AFTER = report(10, 0.9), report(20, 0.7)
 
 
-def checkpoint(**more) -> Checkpoint:
-    facts = {"base_id": "timm/resnet10t.c3_in1k", "license": "apache-2.0", "dataset": "imagenet", **more}
-    model = PixelModel(torch.nn.Identity())
-    return Checkpoint(model, facts.pop("arch", "resnet10t"), {}, 10, (3, 32, 32), **facts)
+def config(**more) -> dict:
+    facts = {"base_model": "timm/resnet10t.c3_in1k", "license": "apache-2.0", "dataset": "imagenet", **more}
+    passes = {"forward": 13, "backward to the image": 11, "backward to the weights": 2}
+    training = {"seconds": 61.2, "steps": 400, "batch_size": 128, "best_epoch": 3, "passes_per_image": passes}
+    return {
+        "architecture": facts.get("arch", "resnet10t"), "num_classes": 10, "label_names": facts.get("label_names", []),
+        "pretrained_cfg": {"input_size": [3, 32, 32], "license": facts["license"]},
+        "robustness": {"base_model": facts["base_model"], "dataset": facts["dataset"], "recipe": "abc123",
+                       "training": {**training, **facts.get("training", {})}},
+    }  # fmt: skip
 
 
 def made(**more) -> str:
     facts = {
-        "name": "resnet10t-robust", "checkpoint": checkpoint(), "recipe": RECIPE, "digest": "abc123",
-        "command": "robustify finetune cifar10-wasserstein -o resnet10t-robust",
-        "before": BEFORE, "after": AFTER, "seconds": 61.2,
+        "name": "resnet10t-robust", "config": config(), "recipe": RECIPE,
+        "command": "robustify finetune cifar10-wasserstein -o resnet10t-robust", "before": BEFORE, "after": AFTER,
     }  # fmt: skip
     return render(**{**facts, **more})
 
@@ -133,18 +142,18 @@ def test_front_matter_says_what_is_known():
 
 @pytest.mark.parametrize("base_id", ["robustbench:cifar10/Linf/Zhang2019Theoretically", "digits", "a/b/c", "./folder"])
 def test_front_matter_guesses_nothing(base_id):
-    text = made(checkpoint=checkpoint(base_id=base_id, license=None))
+    text = made(config=config(base_model=base_id, license=None))
     assert not {"license", "base_model", "base_model_relation"} & head(text).keys()
     assert "license is unknown" in text
 
 
 def test_a_license_that_the_hub_does_not_know():
-    known = head(made(checkpoint=checkpoint(license="My Own 1.0")))
+    known = head(made(config=config(license="My Own 1.0")))
     assert (known["license"], known["license_name"]) == ("other", "my own 1.0")
 
 
 def test_what_a_reader_needs_is_there():
-    text = made(class_names=["cat", "dog"], before=report(10, 0.9, notes=["Two classes only."]))
+    text = made(config=config(label_names=["cat", "dog"]), before=report(10, 0.9, notes=["Two classes only."]))
     for wanted in (
         "Linf 8/255", "W2-Linf 8/255", "not a certificate", "E[s^2] <= (8/255)^2", "n = 173", "cat, dog",
         "Two classes only.", "robustify finetune cifar10-wasserstein", "beta: 6.0", "`abc123`", f"`{AFTER.digest()}`",
@@ -166,19 +175,28 @@ def test_nobody_is_named_by_their_home_folder():
     assert head(text)["model-index"][0]["results"][0]["dataset"]["name"] == "birds"
 
 
-@pytest.mark.parametrize(
-    ("method", "papers"),
-    [("trades", {"1901.08573"}), ("pgd-at", {"1706.06083"}), ("fast-at", {"2001.03994"}), ("standard", set())],
-)
-def test_each_method_cites_its_papers(method, papers):
-    text = made(recipe={**RECIPE, "threat": LINF, "method": {"name": method}})
-    assert set(re.findall(r"arXiv:([\d.]+\d)", text)) == papers
-    assert len(re.findall(r"^@article", text, re.MULTILINE)) == len(papers)
+@pytest.mark.parametrize("method", ["wasserstein", "trades", "pgd-at", "fast-at", "standard"])
+def test_each_card_cites_base_method_attacks_and_data(method):
+    text = made(recipe={**RECIPE, "threat": W2 if method == "wasserstein" else LINF, "method": {"name": method}})
+    cited = re.findall(r"^@\w+{(\w+),", text, re.MULTILINE)
+    assert len(cited) == len(set(cited))
+    attacks = {"madry2017towards", "croce2020reliable", "bai2023wasserstein"}
+    data = {"krizhevsky2009learning", "russakovsky2015imagenet"}
+    assert set(cited) == {"wightman2019pytorch", *METHOD_PAPERS.get(method, ()), *attacks, *data}
+
+
+def test_a_model_of_robustbench_is_cited_with_its_paper():
+    text = made(config=config(base_model="robustbench:cifar10/Linf/Zhang2019Theoretically", license=None))
+    assert "@misc{zhang2019theoretically," in text
+    assert "url = {https://arxiv.org/abs/1901.08573}" in text
+    assert "@article{croce2020robustbench," in text
 
 
 def test_all_papers_are_there():
-    for numbers in card.METHOD_PAPERS.values():
-        assert all(number in card._filled("papers.bib") for number in numbers)
+    every = entries_by_key()
+    for keys in METHOD_PAPERS.values():
+        assert set(keys) <= every.keys()
+    assert {*citations.ATTACK_PAPERS.values(), *citations.DATA_PAPERS.values()} <= every.keys()
 
 
 def test_figures_of_other_images_are_not_subtracted():
@@ -194,7 +212,8 @@ def test_update_keeps_what_a_person_wrote():
     mine = mine.replace("- robustify\n", "- birds\n")
     mine = mine.replace(BEGIN, f"Before.\n\n{BEGIN}").replace("# resnet10t-robust", "# changed by hand")
     mine += "\nAfter it, $5 100 %.\n"
-    text = update(mine, made(seconds=99.9))
+    newer = made(config=config(training={"seconds": 99.9}))
+    text = update(mine, newer)
     assert "Before.\n\n<!--" in text
     assert text.endswith("\nAfter it, $5 100 %.\n")
     assert "99.9 s" in text
@@ -202,7 +221,7 @@ def test_update_keeps_what_a_person_wrote():
     assert "changed by hand" not in text
     assert head(text)["language"] == "en"
     assert {"birds", "robustify"} <= set(head(text)["tags"])
-    assert update(text, made(seconds=99.9)) == text
+    assert update(text, newer) == text
     ModelCard(text, ignore_metadata_errors=False)
 
 
@@ -226,17 +245,82 @@ def python_blocks(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-@pytest.mark.parametrize("folder", ["robust", "robust/model"])
-def test_the_code_on_the_card_runs(tmp_path, monkeypatch, folder):
+def run_folder(folder: Path) -> Checkpoint:
+    """A run's folder as the pipeline leaves it, but for the card."""
     net = timm.create_model("test_efficientnet", num_classes=10)
     model = PixelModel(net, (0.5,) * 3, (0.25,) * 3).eval()
     base = Checkpoint(model, "test_efficientnet", {}, 10, (3, 32, 32), "test_efficientnet")
-    monkeypatch.chdir(tmp_path)
-    export(base, base.model, folder, robustness={}, metadata={}, verify_batch=torch.rand(2, 3, 32, 32))
-    facts = {"recipe": RECIPE, "digest": "abc", "command": "", "before": BEFORE, "after": AFTER, "name": "robust"}
-    path = write_card(folder, checkpoint=base, **facts)
+    export(base, base.model, folder / "model", robustness={}, metadata={}, verify_batch=torch.rand(2, 3, 32, 32))
+    save_pair(folder / "report.json", BEFORE, AFTER)
+    (folder / "recipe.yaml").write_text("# robustify finetune mine\n" + yaml.safe_dump(RECIPE))
+    return base
+
+
+def test_the_card_is_made_anew_from_the_files(tmp_path):
+    run_folder(tmp_path / "robust")
+    path = write_card(tmp_path / "robust" / "model")
     path.write_text(path.read_text() + "\nBy hand.\n")
-    assert write_card(folder, checkpoint=base, **facts).read_text().endswith("By hand.\n")
+    assert "license" not in head(path.read_text())
+    again = write_card(tmp_path / "robust" / "model", license="mit").read_text()
+    assert again.endswith("By hand.\n")
+    assert head(again)["license"] == "mit"
+    assert "robustify finetune mine" in again
+    with pytest.raises(UserError, match=r"is mit, not apache-2\.0"):
+        write_card(tmp_path / "robust" / "model", license="apache-2.0")
+    (tmp_path / "robust" / "recipe.yaml").unlink()
+    with pytest.raises(UserError, match=r"no recipe .*recipe\.yaml"):
+        write_card(tmp_path / "robust" / "model")
+    with pytest.raises(UserError, match="not the folder of a model"):
+        write_card(tmp_path)
+
+
+def test_the_hub_reads_the_evaluation_results(tmp_path):
+    entries = eval_results(AFTER)
+    assert [entry["value"] for entry in entries] == [round(row.accuracy, 4) for row in AFTER.rows]
+    first, second = entries[:2]
+    assert first["dataset"] == {"id": "uoft-cs/cifar10", "task_id": "clean"}
+    assert second["dataset"]["task_id"] == "pgd-linf-8-255"
+    low, high = AFTER.rows[1].interval
+    assert second["notes"] == f"PGD accuracy (Linf, eps=8/255), n=173, 95 % interval [{low:.4f}, {high:.4f}]"
+    assert eval_results(dataclasses.replace(AFTER, data="folder:birds", verdicts={})) == []
+    run_folder(tmp_path / "robust")
+    write_card(tmp_path / "robust" / "model")
+    written = yaml.safe_load((tmp_path / "robust/model/.eval_results/robustify.yaml").read_text())
+    assert written == entries
+    hub = pytest.importorskip("huggingface_hub._eval_results", reason="an older huggingface_hub")
+    assert next(entry.task_id for entry in hub.parse_eval_result_entries(written)) == "clean"
+
+
+def test_half_precision_is_told_with_its_cost():
+    text = made(half=(BEFORE, AFTER))
+    section = text[text.index("## Half precision") : text.index("## The threat")]
+    assert percent(BEFORE.rows[1].accuracy) in section
+    assert percent(AFTER.rows[1].accuracy) in section
+    assert _points(BEFORE.verdicts["clean"], AFTER.verdicts["clean"]) in section
+    assert "Half precision" not in made()
+
+
+def test_the_golden_card():
+    """ROBUSTIFY_GOLDEN=1 writes it anew; a change of the card shows as a change of that file."""
+    figures = {"accuracy.png": "Accuracy before and after"}
+    text = made(config=config(label_names=[f"class {k}" for k in range(10)]), figures=figures, half=(BEFORE, AFTER))
+    golden = Path(__file__).parent / "golden" / "card.md"
+    if os.environ.get("ROBUSTIFY_GOLDEN"):
+        golden.write_text(text, encoding="utf8")
+    assert text == golden.read_text(encoding="utf8")
+
+
+@pytest.mark.parametrize("folder", ["robust", "robust/model"])
+def test_the_code_on_the_card_runs(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    base = run_folder(tmp_path / "robust")
+    path = tmp_path / "robust" / "model" / "README.md"
+    if folder == "robust":
+        api.export("robust", "elsewhere")
+        (tmp_path / "robust").rename("run")
+        path = tmp_path / "elsewhere" / "README.md"
+    else:
+        write_card(folder)
     new, old, ours = python_blocks(path.read_text())
     blocks = [old]
     if tuple(int(part) for part in timm.__version__.split(".")[:3]) >= (1, 0, 15):
@@ -252,9 +336,9 @@ def test_the_code_on_the_card_runs(tmp_path, monkeypatch, folder):
 
 
 def test_code_for_other_architectures():
-    ours = made(checkpoint=checkpoint(arch="robustbench_cifar10_linf_zhang2019"))
+    ours = made(config=config(arch="robustbench_cifar10_linf_zhang2019"))
     assert "import robustify  # registers" in python_blocks(ours)[0]
-    theirs = made(checkpoint=checkpoint(arch="custom", base_id="MyNet"))
+    theirs = made(config=config(arch="custom", base_model="MyNet"))
     assert "timm" not in python_blocks(theirs)[0]
     assert head(theirs)["library_name"] == "pytorch"
     for block in python_blocks(ours) + python_blocks(theirs):

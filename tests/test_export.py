@@ -6,6 +6,8 @@ import dataclasses
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -13,7 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from robustify import files
+from robustify import files, formats, sources
+from robustify.equivalents import in_timm
 from robustify.errors import UserError
 from robustify.export import export, unwrap
 from robustify.pixels import PixelModel
@@ -57,8 +60,8 @@ def custom(net: nn.Module) -> Checkpoint:
 def save(checkpoint: Checkpoint, folder, model=None, **more):
     metadata = {"threat": ThreatModel("Linf", 8 / 255), "recipe": "abc"}
     facts = {"robustness": {"threat": "Linf:8/255"}, "metadata": metadata}
-    x = torch.rand(3, *checkpoint.input_size)
-    return export(checkpoint, checkpoint.model if model is None else model, folder, verify_batch=x, **{**facts, **more})
+    facts["verify_batch"] = torch.rand(3, *checkpoint.input_size)
+    return export(checkpoint, checkpoint.model if model is None else model, folder, **{**facts, **more})
 
 
 def left(folder) -> list[str]:
@@ -204,6 +207,159 @@ def test_an_existing_folder_needs_force_and_keeps_its_other_files(tmp_path):
         save(custom(Tied()), tmp_path / "out")
     save(custom(Tied()), tmp_path / "out", force=True)
     assert left(tmp_path / "out") == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_half_precision_rounds_weights_and_nothing_else(tmp_path):
+    checkpoint = from_timm("resnet10t")
+    folder = save(checkpoint, tmp_path / "out", half=True)
+    whole = checkpoint.model.net.state_dict()
+    weights = {name for name, _ in checkpoint.model.net.named_parameters()}
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            stored = file.get_tensor(name)
+            assert torch.equal(stored, whole[name].half() if name in weights else whole[name])
+    net = timm.create_model("resnet10t", num_classes=7, checkpoint_path=str(folder / "model.safetensors"))
+    assert {weight.dtype for weight in net.parameters()} == {torch.float32}
+    nn.init.constant_(checkpoint.model.net.fc.weight, 1e5)
+    with pytest.raises(UserError, match="not finite") as caught:
+        save(checkpoint, tmp_path / "large", half=True)
+    assert "single precision" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["onnx", "pt2"])
+def test_other_formats_take_plain_images_of_any_number(tmp_path, name):
+    if name == "onnx":
+        pytest.importorskip("onnxruntime", reason="ONNX needs the extra robustify[onnx]")
+        pytest.importorskip("onnxscript", reason="ONNX needs the extra robustify[onnx]")
+    checkpoint = from_timm("test_efficientnet")
+    folder = save(checkpoint, tmp_path / "out", formats=[name], verify_batch=torch.rand(3, 3, 64, 64))
+    said = json.loads((folder / "config.json").read_text())["robustness"]["formats"][name]
+    assert (said["file"], said["images"], said["other_predictions"]) == (f"model.{name}", 3, 0)
+    for n in (1, 5):
+        x = torch.rand(n, 3, 64, 64)
+        with torch.no_grad():
+            wanted = checkpoint.model(x)
+            if name == "pt2":
+                found = torch.export.load(folder / "model.pt2").module()(x)
+            else:
+                import onnxruntime
+
+                session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+                found = torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+        assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_a_format_that_cannot_be_had(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="unknown format 'tflite'") as caught:
+        save(from_timm("test_efficientnet"), tmp_path / "out", formats=["tflite"])
+    assert "onnx, pt2" in caught.value.hint
+    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs onnx, onnxscript, onnxruntime") as caught:
+        save(from_timm("test_efficientnet"), tmp_path / "out", formats=["onnx"])
+    assert "robustify[onnx]" in caught.value.hint
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="cannot be written as pt2"):
+        save(custom(Branching()), tmp_path / "out", formats=["pt2"])
+    monkeypatch.setattr(formats, "_run_pt2", lambda path, x: torch.full((3, 7), float("nan")))
+    with pytest.raises(UserError, match=r"the logits of model\.pt2 differ by up to nan"):
+        save(from_timm("test_efficientnet"), tmp_path / "out", formats=["pt2"])
+    assert left(tmp_path) == []
+
+
+class Branching(Tied):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else super().forward(-x)
+
+
+def test_an_older_models_files_do_not_outlive_it(tmp_path):
+    save(from_timm("test_efficientnet"), tmp_path / "out", formats=["pt2"])
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    save(custom(Tied()), tmp_path / "out", force=True)
+    assert left(tmp_path / "out") == ["config.json", "model.safetensors", "notes.txt"]
+
+
+def test_what_fails_at_the_end_leaves_nothing(tmp_path):
+    def finish(stage):
+        assert left(stage) == ["config.json", "model.safetensors"]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save(custom(Tied()), tmp_path / "out", finish=finish)
+    assert left(tmp_path) == []
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from robustify import files
+from robustify.errors import UserError
+folder, name, force = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "force"
+for _ in range(40):
+    try:
+        with files.staged_folder(folder, force=force) as stage:
+            for part in "abc":
+                (stage / part).write_text(name)
+    except UserError as error:
+        sys.exit(str(error))
+    assert len({(folder / part).read_text() for part in "a"}) == 1
+"""
+
+
+@pytest.mark.parametrize("force", ["force", "no"])
+def test_two_processes_and_one_folder(tmp_path, force):
+    """Each gets its turn, so the folder is always the work of one; without --force the second is refused."""
+    command = [sys.executable, "-c", WRITE, str(tmp_path / "out")]
+    running = [subprocess.Popen([*command, name, force], stderr=subprocess.PIPE, text=True) for name in ("one", "two")]
+    errors = [process.communicate()[1] for process in running]
+    if force == "force":
+        assert errors == ["", ""]
+        assert [process.returncode for process in running] == [0, 0]
+    else:
+        assert all("is not empty" in error for error in errors)
+    assert len({(tmp_path / "out" / part).read_text() for part in "abc"}) == 1
+    assert left(tmp_path) == ["out"]
+
+
+def test_what_timm_has_needs_no_robustify(tmp_path):
+    """A fresh process loads the folder with timm alone and gives the same logits for the same pictures."""
+    entry = "imagenet/Linf/Salman2020Do_R18"
+    checkpoint = sources.load(f"robustbench:{entry}", pretrained=False)
+    x = torch.rand(2, 3, 224, 224)
+    folder = save(checkpoint, tmp_path / "out", verify_batch=x)
+    with torch.no_grad():
+        torch.save((x, checkpoint.model(x)), tmp_path / "logits.pt")
+    config = json.loads((folder / "config.json").read_text())
+    cfg = config["pretrained_cfg"]
+    code = (
+        "import sys, timm, torch, json\n"
+        f"config = json.load(open({str(folder / 'config.json')!r}))\n"
+        "cfg = config['pretrained_cfg']\n"
+        "net = timm.create_model(config['architecture'], num_classes=1000, **config.get('model_args', {}),\n"
+        f"    checkpoint_path={str(folder / 'model.safetensors')!r}).eval()\n"
+        f"x, wanted = torch.load({str(tmp_path / 'logits.pt')!r})\n"
+        "mean, std = (torch.tensor(cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))\n"
+        "with torch.no_grad(): found = net((x - mean) / std)\n"
+        "assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max()), (found - wanted).abs().max()\n"
+        "assert 'robustify' not in sys.modules and 'robustbench' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (cfg["crop_pct"], cfg["interpolation"]) == (0.875, "bilinear")
+    assert config["robustness"]["base_model"] == f"robustbench:{entry}"
+
+
+def test_an_architecture_with_arguments_in_timm():
+    model = sources.load("robustbench:imagenet/Linf/Debenedetti2022Light_XCiT-M12", pretrained=False).model
+    found = in_timm(model, torch.rand(2, 3, 32, 32))
+    assert found is not None
+    assert (found.arch, found.arch_args) == ("xcit_small_12_p16_224", {"embed_dim": 512})
+
+
+def test_a_network_that_timm_only_resembles_stays_what_it_is():
+    other = sources.load("robustbench:cifar10/Linf/Wong2020Fast", pretrained=False).model
+    assert in_timm(other, torch.rand(2, 3, 32, 32)) is None
+    twisted = sources.load("robustbench:imagenet/Linf/Salman2020Do_R18", pretrained=False).model
+    twisted.net.model.relu = nn.LeakyReLU(0.3)  # the same tensors, other logits
+    assert in_timm(twisted, torch.rand(2, 3, 64, 64)) is None
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):

@@ -46,7 +46,10 @@ def test_a_run_leaves_everything_one_needs(run):
         "report.npz",
         "model",
     }
-    assert {p.name for p in (folder / "model").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    figures = {"accuracy.png", "training.png", "gradients.png"}
+    assert {p.name for p in (folder / "model").iterdir()} == {"config.json", "model.safetensors", "README.md", *figures}
+    card = (folder / "model" / "README.md").read_text()
+    assert all(f"]({name})" in card for name in figures)
     kinds = [type(e) for e in events]
     for kind in (Planned, StepEnd, EpochEnd, Measured, Exported):
         assert kind in kinds

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from robustify import console
-from robustify.cli import blend, compare, copy, env, evaluate, export, finetune, ls, sensitivity, show
+from robustify.cli import blend, card, compare, copy, env, evaluate, export, finetune, ls, push, sensitivity, show
 from robustify.errors import UserError
 
 
@@ -57,6 +57,8 @@ for verb, run in {
     "blend": blend.run,
     "sensitivity": sensitivity.run,
     "export": export.run,
+    "card": card.run,
+    "push": push.run,
     "ls": ls.run,
     "show": show.run,
     "copy": copy.run,

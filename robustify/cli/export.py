@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
 from robustify import console
-from robustify.cli import options
+from robustify.cli import evaluate, options
+from robustify.errors import UserError
+
+if TYPE_CHECKING:
+    from robustify.recipe import Recipe
 
 
 def run(
     source: options.Source,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The new folder.")],
+    formats: Annotated[
+        list[str] | None, Option("--format", metavar="NAME", help="onnx or pt2 as well, normalisation inside; repeatable.")
+    ] = None,
+    half: Annotated[bool, Option("--half", help="Round the weights to half precision; measures what that costs.")] = False,
+    data: options.DataName = None,
+    license: options.License = None,
     models_dir: options.ModelsDir = None,
     allow_pickle: options.AllowPickle = False,
     force: options.Force = False,
@@ -22,18 +33,53 @@ def run(
 ) -> None:
     """Write a model into a new folder, as timm reads it.
 
-    The folder appears only when a network built anew from it gives the same logits. A run's card goes along.
+    The folder appears only when a network built anew from it gives the same logits. A run's recipe, report and card go
+    along. --format and --half look at test images: the run's, or those of --data.
 
     \b
     robustify export runs/digits-wasserstein digits-robust
+    robustify export runs/digits-wasserstein digits-onnx --format onnx
     """
     with console.status("loading torch"):
-        from robustify import api
-    target = api.export(source, folder, models_dir=models_dir, allow_pickle=allow_pickle, force=force)
-    following = f"robustify evaluate {shlex.quote(str(folder))}"
+        from robustify import api, files
+    files.new_folder(folder, force)
+    recipe = evaluate.recipe_of(source)
+    with console.Watch() as watch:
+        images = None
+        if formats or half:
+            try:
+                _, images = evaluate.load(source, data, recipe, models_dir, allow_pickle, None, watch)
+            except UserError as error:
+                if half or data:
+                    raise
+                console.note(f"{error.message}: the formats are compared on random images; --data names better ones")
+        target = api.export(
+            source,
+            folder,
+            formats=formats or (),
+            half=half,
+            data=images,
+            license=license,
+            models_dir=models_dir,
+            allow_pickle=allow_pickle,
+            force=force,
+            listener=watch,
+        )
+    following = shlex.join(["robustify", "evaluate", str(folder), *_data_flag(recipe, data, target)])
     if as_json:
-        names = sorted(path.name for path in target.iterdir())
+        names = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
         console.result_json({"folder": str(target), "files": names, "next": following})
         return
     console.result(f"model: {folder}")
     console.result(f"next: {following}")
+
+
+def _data_flag(recipe: Recipe | None, data: str | None, target: Path) -> list[str]:
+    """What `evaluate` must be told to find images: nothing where the folder says it, by name."""
+    from robustify.model_folder import read_config
+
+    known = data or (recipe.data.name if recipe else read_config(target)["robustness"].get("dataset"))
+    named = known is not None and ":" not in known and known != "imagenet"
+    if named and known == read_config(target)["robustness"].get("dataset"):
+        return []
+    return ["--data", known if known and (named or data or recipe) else "folder:PATH"]

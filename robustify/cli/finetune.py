@@ -50,6 +50,7 @@ def run(
     ] = "auto",
     force: options.Force = False,
     models_dir: options.ModelsDir = None,
+    license: options.License = None,
     num_classes: Annotated[
         int | None, Option(metavar="N", help="Put in a new classifier, for so many classes.")
     ] = None,
@@ -81,6 +82,7 @@ def run(
         "model.num_classes": num_classes,
         "model.models_dir": models_dir and str(models_dir),
         "model.allow_pickle": allow_pickle or None,
+        "model.license": license,
         "model.verify": False if no_verify else None,
         "method.name": method,
         "data.name": data,

@@ -31,6 +31,9 @@ SplitName = Annotated[str, typer.Option(metavar="NAME", help="test, val or train
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Images per pass.")]
 Seed = Annotated[int | None, typer.Option(min=0, metavar="N", help="Of all random numbers.")]
 Processes = Annotated[int, typer.Option(min=1, metavar="N", help="Processes on this machine, one a GPU.")]
+License = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Of the base model, where it is not known: mit, apache-2.0, unknown.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what the output holds.")]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from robustify.errors import UserError
 from robustify.pixels import PixelModel
 
 CUSTOM = "custom"  # the arch of a network that only its user's code can build
@@ -37,3 +38,10 @@ class Checkpoint:
     threat: str | None = None
     pretrained: bool = True
     replaced: int | None = None
+
+
+def agreed_license(known: str | None, given: str | None, base_id: str) -> str | None:
+    """Return the license that the publisher states, or else the given one. Raises UserError when they differ."""
+    if known and given and known.lower() != given.lower():
+        raise UserError(f"the license of {base_id} is {known}, not {given}", "leave out --license: it is inherited")
+    return known or given

@@ -154,6 +154,14 @@ def build(row: Row, num_classes: int, in_chans: int = 3) -> nn.Module:
     return net
 
 
+def _crop(row: Row) -> dict[str, Any]:
+    """How RobustBench cuts a picture for this network, in timm's words: Resize to 256 and CenterCrop to 224 is 0.875."""
+    said = str(_entry(row).get("preprocessing") or "")
+    if not said.endswith("Res256Crop224"):
+        return {}
+    return {"crop_pct": 0.875, "interpolation": "bicubic" if said.startswith("Bicubic") else "bilinear"}
+
+
 def _move_with_weights(net: nn.Module) -> None:
     """Make buffers of the normalisation tensors that some architectures keep as plain attributes.
 
@@ -175,6 +183,7 @@ def load(row: Row, options: Options, models_dir: Path | None = None) -> Checkpoi
         raise UserError(message, "a model of timm takes them")
     size = options.input_size(input_size(row))
     net = build(row, classes, size[0])
+    vars(net)["pretrained_cfg"] = {**getattr(net, "pretrained_cfg", {}), **_crop(row)}
     if options.pretrained:
         path = file(row, models_dir) or _fetch(row, _folder(models_dir) / place(row))
         # the files of timm's networks and of ImageNet are those of the network behind RobustBench's normalisation layer

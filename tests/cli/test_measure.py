@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from robustify import pointwise
+from robustify.intervals import percent
 from robustify.report import Report, load_pair
 
 
@@ -126,7 +130,14 @@ def test_export_copies_the_model_and_its_card(robustify, finished, tmp_path):
     ran = robustify("export", folder, "copy")
     assert ran.out == "model: copy\nnext: robustify evaluate copy\n"
     old, new = folder / "model", tmp_path / "copy"
-    assert (new / "README.md").read_bytes() == (old / "README.md").read_bytes()
+    card = (new / "README.md").read_text()
+    assert "\n# copy\n" in card
+    assert '"local-dir:copy"' in card
+    table = (old / "README.md").read_text().partition("## Robustness")[2].partition("## Use")[0]
+    assert table in card
+    for name in ("recipe.yaml", "report.json", "report.npz"):
+        assert (new / name).read_bytes() == (folder / name).read_bytes()
+    assert (new / "accuracy.png").read_bytes() == (old / "accuracy.png").read_bytes()
     weights = [load_file(folder / "model.safetensors") for folder in (old, new)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     heads = [safe_open(folder / "model.safetensors", "pt").metadata() for folder in (old, new)]
@@ -136,6 +147,39 @@ def test_export_copies_the_model_and_its_card(robustify, finished, tmp_path):
     assert refused.code == 2
     assert "--force" in refused.err
     assert robustify("export", folder, "copy", "--force", "--json").code == 0
+
+
+def test_the_command_after_an_export_can_be_typed(robustify, finished, tmp_path):
+    """Also where only the run's recipe knows where the images are, and where nobody does."""
+    robustify("export", finished[0], "named")
+    for k in range(10):
+        (tmp_path / "birds" / f"class{k}").mkdir(parents=True)
+        for i in range(8):
+            Image.new("L", (8, 8), 20 * k + i).save(tmp_path / "birds" / f"class{k}" / f"{i}.png")
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "data": {"name": f"folder:{tmp_path / 'birds'}"}}))
+    following = robustify("export", run, "pictured").out.splitlines()[-1]
+    assert following == f"next: robustify evaluate pictured --data folder:{tmp_path / 'birds'}"
+    for line in ("next: robustify evaluate named", following):
+        ran = robustify(*shlex.split(line)[2:], "--n", "8", "--attack", "clean", "--no-checks")
+        assert ran.code == 0, ran.err
+
+
+def test_half_precision_is_measured_and_written_down(robustify, finished, tmp_path):
+    ran = robustify("export", finished[0], "half", "--half", "--format", "pt2", "--license", "mit")
+    assert ran.code == 0, ran.err
+    before, after = load_pair(tmp_path / "half" / "half.json")
+    assert [row.attack for row in after.rows] == ["clean", "pgd"]
+    card = (tmp_path / "half" / "README.md").read_text()
+    section = card.partition("## Half precision")[2].partition("##")[0]
+    for report in (before, after):
+        assert all(percent(row.accuracy) in section for row in report.rows)
+    assert "license: mit" in card
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["robustness"]["formats"]["pt2"]["images"] == 64
+    size = [(folder / "model.safetensors").stat().st_size for folder in (finished[0] / "model", tmp_path / "half")]
+    assert size[1] < 0.6 * size[0]
 
 
 FEW = ["--attack", "fgsm", "--attack", "pgd:steps=2", "--n", "40", "--threat", "Linf:0.03"]

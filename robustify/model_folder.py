@@ -1,0 +1,119 @@
+"""A model's folder: which files belong to the model, and its card, made anew from what the other files say.
+
+A run keeps the model in model/, the recipe and the reports above it; an exported folder has all of it in one place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from robustify import files
+from robustify.card import render, update
+from robustify.errors import UserError
+from robustify.front_matter import eval_results
+from robustify.report import Report, load_pair
+from robustify.sources.checkpoint import agreed_license
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+FORMATS = {"onnx": "model.onnx", "pt2": "model.pt2"}
+RECIPE, REPORT, HALF, RESULTS = "recipe.yaml", "report.json", "half.json", ".eval_results/robustify.yaml"
+FIGURES = {  # captions, in the card's order
+    "accuracy.png": "Accuracy before and after, with 95 % intervals",
+    "training.png": "Accuracy on the held-out images during the training",
+    "gradients.png": "Images, and the loss's gradient in their pixels before and after",
+}
+VERDICTS = [str(Path(name).with_suffix(".npz")) for name in (REPORT, HALF)]
+# what says something of one model, and must not outlive it where another takes its place
+OURS = (CONFIG, WEIGHTS, *FORMATS.values(), *FIGURES, RECIPE, REPORT, HALF, *VERDICTS, Path(RESULTS).name)
+
+
+def find(source: str | Path) -> Path | None:
+    """Return the folder with the config.json that a run's or a model's folder means, None when there is none."""
+    folder = Path(str(source).removeprefix("local-dir:")).expanduser()
+    return next((place for place in (folder, folder / "model") if (place / CONFIG).is_file()), None)
+
+
+def belongings(folder: Path) -> dict[str, Path]:
+    """Return the files that go with a model wherever it goes, but for its weights: name -> where it is now."""
+    names = [CARD, *FIGURES, RECIPE, REPORT, HALF, *VERDICTS, RESULTS]
+    found = {name: place / name for place in (_run(folder), folder) for name in names if (place / name).is_file()}
+    return {name: found[name] for name in names if name in found}
+
+
+def write_card(folder: str | Path, *, place: Path | None = None, license: str | None = None) -> Path:
+    """Write the card of an exported model from the files in its folder, and return its path; a person's text stays.
+
+    place: where the folder will be, if it is still being built. license: of the base model, where its files do not say
+    it; written into config.json too. Raises UserError when they say another, and without a recipe and a report.
+    """
+    folder = Path(folder).resolve()
+    config = read_config(folder)
+    if license:
+        cfg, base = config["pretrained_cfg"], config["robustness"]["base_model"]
+        cfg["license"] = agreed_license(cfg.get("license"), license, base)
+        files.write_json(folder / CONFIG, config)
+    text, after = card_of(folder, place=place)
+    if entries := eval_results(after):
+        (folder / RESULTS).parent.mkdir(exist_ok=True)
+        files.write_text(folder / RESULTS, yaml.safe_dump(entries, sort_keys=False))
+    files.write_text(folder / CARD, text)
+    return folder / CARD
+
+
+def card_of(folder: Path, *, place: Path | None = None, hub: str | None = None) -> tuple[str, Report]:
+    """Return the card that the files in a model's folder make, with what a person wrote into it, and the report in it.
+
+    place: as for `write_card`. hub: OWNER/NAME, for the card that goes there. Raises UserError without a recipe and a
+    report.
+    """
+    folder = folder.resolve()
+    place = place or folder
+    beside = _run(place) if _run(place) != place else folder
+    before, after = load_pair(beside / REPORT)
+    command, recipe = _recipe(beside / RECIPE)
+    text = render(
+        name=_run(place).name,
+        path=str(place.relative_to(_run(place).parent)),
+        hub=hub,
+        config=read_config(folder),
+        recipe=recipe,
+        command=command,
+        before=before,
+        after=after,
+        half=load_pair(folder / HALF) if (folder / HALF).is_file() else None,
+        figures={file: caption for file, caption in FIGURES.items() if (folder / file).is_file()},
+    )
+    older = next((path for path in (place / CARD, folder / CARD) if path.is_file()), None)
+    return (update(older.read_text(encoding="utf8"), text) if older else text), after
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json. Raises UserError when robustify did not write it."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf8"))
+        if "base_model" in config["robustness"] and "pretrained_cfg" in config:
+            return config
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    hint = "robustify finetune makes one: a run's folder, or one that robustify export wrote"
+    raise UserError(f"{folder} is not the folder of a model that robustify made", hint)
+
+
+def _run(folder: Path) -> Path:
+    """The run's folder above a model/, else the folder itself."""
+    return folder.parent if folder.name == "model" else folder
+
+
+def _recipe(path: Path) -> tuple[str, Mapping[str, Any]]:
+    """Return (the command that began the run, the recipe)."""
+    try:
+        text = path.read_text(encoding="utf8")
+    except OSError:
+        raise UserError(f"there is no recipe {path}", "a card is made of a run's recipe and report") from None
+    first, _, _ = text.partition("\n")
+    return first.removeprefix("# ") if first.startswith("# ") else "", yaml.safe_load(text)

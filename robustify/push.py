@@ -1,0 +1,83 @@
+"""Publish a model on the Hugging Face hub: the only thing that robustify ever sends anywhere, and only when told to."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from robustify import model_folder
+from robustify.errors import UserError
+from robustify.front_matter import HUB_ID
+
+Parcel = Mapping[str, Path | bytes]  # what each file on the hub is made of
+
+
+def pack(source: str | Path, repo: str) -> Parcel:
+    """Return the files of a run's or a model's folder that belong on the hub, with a card that names the place there.
+
+    Raises UserError when `repo` is no OWNER/NAME, when there is no such model or no card, and when the card states no
+    license: that is asked for, never guessed.
+    """
+    if not HUB_ID.match(repo):
+        raise UserError(f"{repo!r} is no place on the hub", "write OWNER/NAME, with your name on the hub as OWNER")
+    folder = model_folder.find(source)
+    if folder is None or not (folder / model_folder.WEIGHTS).is_file():
+        raise UserError(f"{source} is not the folder of a model", "give a run's folder, or one that robustify export wrote")
+    belongings = model_folder.belongings(folder)
+    if not {model_folder.CARD, model_folder.RECIPE, model_folder.REPORT} <= belongings.keys():
+        hint = "robustify finetune measures and writes one; without it nobody knows what the model holds against"
+        raise UserError(f"{source} has no card with its recipe and report", hint)
+    text, _ = model_folder.card_of(folder, hub=repo)
+    head = yaml.safe_load(text.split("---\n")[1])
+    if not head.get("license"):
+        hint = f"ask its authors, then: robustify card {source} --license mit; the hub also knows the license `unknown`"
+        raise UserError("the card states no license, because the base model's is not known", hint)
+    weights = [model_folder.CONFIG, model_folder.WEIGHTS, *model_folder.FORMATS.values()]
+    found = {name: folder / name for name in weights if (folder / name).is_file()}
+    return {**found, **belongings, model_folder.CARD: text.encode()}
+
+
+def push(parcel: Parcel, repo: str, *, private: bool = False) -> str:
+    """Upload the files to the model repository OWNER/NAME, made if need be, in one commit; return its web address.
+
+    What an interrupted upload left on the hub, and what has not changed, is not sent again. The token is the one that
+    huggingface_hub knows; it is never shown. Raises UserError for whatever the hub or the network refuses, and when
+    `private` is asked for and the repository is public.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(library_name="robustify")
+    try:
+        url = api.create_repo(repo, private=private or None, exist_ok=True)
+        if private and not api.model_info(repo).private:
+            raise UserError(f"{repo} is already there, and public", "choose another name, or make it private on the hub")
+        files = [CommitOperationAdd(name, str(part) if isinstance(part, Path) else part) for name, part in parcel.items()]
+        api.create_commit(repo, files, commit_message="Upload a model hardened with robustify")
+    except UserError:
+        raise
+    except Exception as error:  # refused, unreachable, interrupted: its own words say which
+        raise _explained(error, repo) from None  # its notes may hold the headers that were sent
+    return str(url)
+
+
+def _explained(error: Exception, repo: str) -> UserError:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    reason = _without_token(str(error).strip().split("\n")[0][:200] or type(error).__name__)
+    hints = {
+        401: "log in: hf auth login, or set HF_TOKEN; the token needs the right to write",
+        403: "the token has no right to write there: is OWNER your name, and the token one that may write?",
+    }
+    again = "the same command goes on where it stopped: what has arrived is not sent again"
+    return UserError(f"{repo} was not published: {reason}", hints.get(status or 0, again))
+
+
+def _without_token(text: str) -> str:
+    from huggingface_hub import get_token
+
+    for secret in filter(None, (get_token(), os.environ.get("HF_TOKEN"))):
+        text = text.replace(secret, "(token)")
+    return re.sub(r"\bhf_\w{8,}", "(token)", text)

@@ -1,0 +1,123 @@
+"""Publishing, against a stand-in for the hub: what is sent, what is not sent again, what is never shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hub_stand_in import Hub, running
+from test_card import run_folder
+
+from robustify.errors import UserError
+from robustify.model_folder import write_card
+from robustify.push import pack
+
+
+@pytest.fixture
+def hub():
+    with running() as hub:
+        yield hub
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    run_folder(tmp_path / "robust")
+    write_card(tmp_path / "robust" / "model", license="mit")
+    return tmp_path / "robust"
+
+
+def robustify(hub: Hub, *arguments, **environment) -> subprocess.CompletedProcess:
+    """The real command in a process of its own, whose hub is the stand-in."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    settings["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    command = [sys.executable, "-m", "robustify", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **settings, **environment}
+    )
+
+
+def test_what_is_published_loads_from_the_hub(hub, run, tmp_path):
+    done = robustify(hub, "push", run, "me/robust")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"published: {hub.url}/me/robust\n"
+    files = hub.repos["me/robust"]
+    assert set(files) == {
+        *("README.md", "config.json", "model.safetensors", "recipe.yaml", "report.json", "report.npz"),
+        ".eval_results/robustify.yaml",
+    }
+    assert files["model.safetensors"] == (run / "model" / "model.safetensors").read_bytes()
+    card = files["README.md"].decode()
+    assert 'timm.create_model("hf-hub:me/robust", pretrained=True)' in card
+    assert "local-dir" not in card
+    assert yaml.safe_load(card.split("---\n")[1])["license"] == "mit"
+    code = (
+        "import robustify, torch, sys\n"
+        "there, here = (robustify.load(s).model for s in ('hf-hub:me/robust', sys.argv[1]))\n"
+        "x = torch.rand(2, 3, 32, 32)\n"
+        "assert torch.equal(there(x), here(x))"
+    )
+    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", code, str(run)], check=True, env={**os.environ, **environment})
+
+
+def test_an_interrupted_upload_goes_on(hub, run):
+    hub.refuse = {"/commit/": 400}
+    failed = robustify(hub, "push", run, "me/robust")
+    assert failed.returncode == 2
+    assert "goes on where it stopped" in failed.stderr
+    assert hub.token not in failed.stdout + failed.stderr  # the stand-in's refusal repeats it
+    assert hub.repos["me/robust"] == {}
+    sent = [request for request in hub.requests if request.startswith("PUT")]
+    assert len(sent) == 2
+    hub.refuse, hub.requests = {}, []
+    assert robustify(hub, "push", run, "me/robust").returncode == 0
+    assert not [request for request in hub.requests if request.startswith("PUT")]
+    assert len(hub.repos["me/robust"]) == 7
+
+
+def test_a_dry_run_sends_nothing(hub, run):
+    done = robustify(hub, "push", run, "me/robust", "--private", "--dry-run", "--json")
+    value = json.loads(done.stdout)
+    assert (value["sent"], value["private"], value["url"]) == (False, True, None)
+    assert value["files"]["model.safetensors"] == (run / "model" / "model.safetensors").stat().st_size
+    assert hub.requests == []
+
+
+def test_private_stays_private(hub, run):
+    assert robustify(hub, "push", run, "me/secret", "--private").returncode == 0
+    assert hub.private["me/secret"]
+    hub.repos["me/open"], hub.private["me/open"] = {}, False
+    refused = robustify(hub, "push", run, "me/open", "--private")
+    assert refused.returncode == 2
+    assert "public" in refused.stderr
+    assert hub.repos["me/open"] == {}
+
+
+def test_who_may_not_write_is_told_what_to_do(hub, run):
+    stranger = robustify(hub, "push", run, "me/robust", HF_TOKEN="hf_another_token_of_nobody")
+    assert stranger.returncode == 2
+    assert "hf auth login" in stranger.stderr
+    assert "hf_another" not in stranger.stdout + stranger.stderr
+    assert "Traceback" not in stranger.stderr
+
+
+def test_what_is_not_ready_is_refused(run, tmp_path):
+    with pytest.raises(UserError, match="no place on the hub"):
+        pack(run, "robust")
+    with pytest.raises(UserError, match="not the folder of a model"):
+        pack(tmp_path, "me/robust")
+    config = json.loads((run / "model" / "config.json").read_text())
+    del config["pretrained_cfg"]["license"]
+    (run / "model" / "config.json").write_text(json.dumps(config))
+    (run / "model" / "README.md").unlink()
+    with pytest.raises(UserError, match="no card"):
+        pack(run, "me/robust")
+    write_card(run / "model")
+    with pytest.raises(UserError, match="states no license") as caught:
+        pack(run, "me/robust")
+    assert "robustify card" in caught.value.hint
