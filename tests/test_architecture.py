@@ -75,6 +75,7 @@ LAYERS = [
         "equivalents",
         "formats",
         "front_matter",
+        "leaderboard",
         "model_folder",
         "push",
         "pieces",

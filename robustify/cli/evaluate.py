@@ -75,6 +75,7 @@ def run(
     with console.status("loading torch"):
         from robustify import api, curves, pieces, plots
         from robustify.distributed import World, launched, make_accelerator, relaunch
+        from robustify.memory import batches_explained
         from robustify.report import Report
         from robustify.threat import ThreatModel
     if figure:
@@ -89,7 +90,7 @@ def run(
     ended = output is not None and output.exists() and not force and not (partial and partial.exists())
     recipe = recipe_of(source)
     try:
-        with console.Watch() as watch:
+        with batches_explained(batch_size), console.Watch() as watch:
             checkpoint, found = load(source, data, recipe, models_dir, allow_pickle, seed, watch)
             checkpoint.model.to(accelerator.device)
             other = surrogate and api.load(surrogate, models_dir=models_dir, allow_pickle=allow_pickle)

@@ -26,6 +26,15 @@ def run(
     half: Annotated[bool, Option("--half", help="Round the weights to half precision; measures what that costs.")] = False,
     data: options.DataName = None,
     license: options.License = None,
+    robustbench: Annotated[
+        str | None, Option(metavar="ID", help="Write RobustBench's entry too, from --report and --paper.")
+    ] = None,
+    report: Annotated[
+        Path | None, Option(metavar="REPORT", help="The full AutoAttack's, of `robustify evaluate -o`.")
+    ] = None,
+    paper: Annotated[
+        Path | None, Option(metavar="FILE", help="YAML: link, name, authors, venue, architecture, additional_data, ...")
+    ] = None,
     models_dir: options.ModelsDir = None,
     allow_pickle: options.AllowPickle = False,
     force: options.Force = False,
@@ -43,6 +52,7 @@ def run(
     with console.status("loading torch"):
         from robustify import api, files
     files.new_folder(folder, force)
+    submission = _submission(robustbench, report, paper)
     recipe = evaluate.recipe_of(source)
     with console.Watch() as watch:
         images = None
@@ -65,6 +75,8 @@ def run(
             force=force,
             listener=watch,
         )
+    for name, text in submission.items():
+        files.write_text(target / name, text)
     following = shlex.join(["robustify", "evaluate", str(folder), *_data_flag(recipe, data, target)])
     if as_json:
         names = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
@@ -72,6 +84,23 @@ def run(
         return
     console.result(f"model: {folder}")
     console.result(f"next: {following}")
+
+
+def _submission(model_id: str | None, report: Path | None, paper: Path | None) -> dict[str, str]:
+    """RobustBench's files by name; none when they are not asked for. Raises UserError for what it would not take."""
+    from robustify import leaderboard
+    from robustify.report import Report
+
+    if model_id is None:
+        return {}
+    if report is None or paper is None:
+        hint = "--report REPORT of a full AutoAttack, --paper FILE with what no report knows; docs/export.md shows both"
+        raise UserError("--robustbench needs --report and --paper", hint)
+    measured, facts = Report.load(report), leaderboard.read_paper(paper)
+    return {
+        f"{model_id}.json": leaderboard.to_text(leaderboard.entry(measured, facts)),
+        f"{model_id}-issue.md": leaderboard.issue(model_id, measured, facts),
+    }
 
 
 def _data_flag(recipe: Recipe | None, data: str | None, target: Path) -> list[str]:

@@ -66,6 +66,7 @@ def run(
         from robustify.gradients import gradient_norms
         from robustify.importance import draw, logit_slopes
         from robustify.losses import LOSSES
+        from robustify.memory import batches_explained
         from robustify.report import Report
         from robustify.sensitivity import conjugate, upsilon
         from robustify.threat import ThreatModel, read_number
@@ -87,7 +88,7 @@ def run(
     device = make_accelerator().device
     lines: list[dict[str, Any]] = []
     estimates: list[Estimates] = []
-    with console.Watch() as watch:
+    with batches_explained(batch_size), console.Watch() as watch:
         checkpoint, found = evaluate.load(source, data, recipe, models_dir, allow_pickle, seed, watch)
         if attacked and attacked.facts.get("model") not in (None, model_digest(checkpoint.model)):
             raise UserError(f"{report} is the report of another model, {attacked.model_id}", "leave out --report")

@@ -125,6 +125,19 @@ def test_estimates_at_several_radii_and_what_attacks_achieve(robustify, finished
     assert "the report of another model, run" in ran.err
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "sensitivity"])
+def test_too_little_memory_names_a_smaller_batch(robustify, monkeypatch, verb):
+    def full(*arguments, **settings):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("robustify.api.evaluate", full)
+    monkeypatch.setattr("robustify.gradients.gradient_norms", full)
+    ran = robustify(verb, "digits", "--batch-size", "64")
+    assert ran.code == 2
+    assert "not enough memory for batches of 64 images" in ran.err
+    assert "--batch-size 32" in ran.err
+
+
 def test_export_copies_the_model_and_its_card(robustify, finished, tmp_path):
     folder, _ = finished
     ran = robustify("export", folder, "copy")

@@ -1,0 +1,120 @@
+"""RobustBench's entry: hand-made reports, one for each rule."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import yaml
+
+from robustify.cli import main
+from robustify.errors import UserError
+from robustify.leaderboard import entry, issue, read_paper, to_text
+from robustify.report import Report, Row
+
+PAPER = {
+    "link": "https://arxiv.org/abs/2600.00001", "name": "A title", "authors": "Jane Doe", "venue": "Unpublished",
+    "architecture": "ResNet-18", "additional_data": False, "checkpoint": "https://example.org/me",
+}  # fmt: skip
+WELL = {"logits_change_on_repeat": 0.0, "logits_change_in_another_batch": 1e-6, "zero_gradients": 0.01}
+
+
+def report(**more) -> Report:
+    """Of the full AutoAttack on CIFAR-10, but for what `more` says otherwise."""
+    facts = {"n": 10_000, "threat": "Linf:8/255", "version": "standard", "data": "cifar10 (0123456789ab)", **more}
+    n = facts["n"]
+    rows = [
+        Row("clean", None, n, n * 0.8492, kind="clean"),
+        Row(facts.get("attack", "autoattack"), facts["threat"], n, n * 0.5308, {"version": facts["version"], "left": []}),
+    ]
+    found = Report("m", facts["data"], facts.get("split", "test"), rows, checks=facts.get("checks", WELL))
+    return dataclasses.replace(found, notes=facts.get("notes", []))
+
+
+def test_the_entry_as_the_leaderboard_has_it():
+    found = entry(report(), PAPER)
+    assert json.loads(to_text(found)) == {
+        "link": "https://arxiv.org/abs/2600.00001",
+        "name": "A title",
+        "authors": "Jane Doe",
+        "additional_data": False,
+        "number_forward_passes": 1,
+        "dataset": "cifar10",
+        "venue": "Unpublished",
+        "architecture": "ResNet-18",
+        "eps": "8/255",
+        "clean_acc": "84.92",
+        "reported": "53.08",
+        "autoattack_acc": "53.08",
+        "unreliable": False,
+    }
+    text = issue("Doe2026Title", report(), PAPER)
+    for wanted in ("[New Model] Doe2026Title", "**eps**: 8/255", "84.92 %", "53.08 %", "10,000 test images", "Linf", "false"):
+        assert wanted in text
+    assert entry(report(threat="L2:0.5"), PAPER)["eps"] == "0.5"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"n": 1000}, "1,000 images were measured, not all 10,000"),
+        ({"version": "not standard: steps=10"}, "not the standard version: not standard: steps=10"),
+        ({"attack": "pgd"}, "0 rows of autoattack"),
+        ({"threat": "Linf:4/255"}, "the threat is Linf:4/255; the leaderboard's for cifar10: Linf:8/255, L2:0.5"),
+        ({"data": "folder:cifar (0123456789ab)"}, "the data is folder:cifar"),
+        ({"data": "imagenet (0123456789ab)"}, "5,000 images of its own choice"),
+        ({"split": "val"}, "the split val"),
+        ({"checks": {}}, "without --no-checks"),
+        ({"checks": {**WELL, "logits_change_on_repeat": 0.01}}, "the forward pass is random"),
+        ({"checks": {**WELL, "logits_change_in_another_batch": 0.01}}, "the others of its batch"),
+        ({"checks": {**WELL, "zero_gradients": 0.4}}, "zero on 40 % of the images"),
+        ({"notes": ["Pointwise attacks searched in bfloat16; every verdict is in full precision."]}, "--fast-search"),
+    ],
+)
+def test_what_the_rules_exclude_is_refused(change, reason):
+    with pytest.raises(UserError) as caught:
+        entry(report(**change), PAPER)
+    assert reason in caught.value.message
+    assert caught.value.message.count("\n") == 1
+    assert "--attack autoattack" in caught.value.hint
+
+
+def test_all_reasons_at_once_and_what_no_report_knows():
+    with pytest.raises(UserError) as caught:
+        entry(report(n=50, split="val"), {**PAPER, "venue": "", "authors": None})
+    assert caught.value.message.count("\n  - ") == 3
+    assert "does not say authors, venue" in caught.value.message
+    with pytest.raises(UserError, match="neither true nor false"):
+        entry(report(), {**PAPER, "additional_data": "no"})
+
+
+def test_the_paper_is_read_from_a_file(tmp_path):
+    (tmp_path / "paper.yaml").write_text(yaml.safe_dump(PAPER))
+    assert read_paper(tmp_path / "paper.yaml") == PAPER
+    (tmp_path / "list.yaml").write_text("- a\n")
+    (tmp_path / "broken.yaml").write_text("a: [\n")
+    for name, said in (("none.yaml", "cannot read"), ("list.yaml", "not a mapping"), ("broken.yaml", "not valid YAML")):
+        with pytest.raises(UserError, match=said) as caught:
+            read_paper(tmp_path / name)
+        assert "architecture: ..." in caught.value.hint
+
+
+def test_an_export_brings_both_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "paper.yaml").write_text(yaml.safe_dump(PAPER))
+
+    def export(*arguments: str) -> int:
+        with pytest.raises(SystemExit) as stop:
+            main(["export", "digits", "out", "--robustbench", "Doe2026Title", *arguments])
+        return int(stop.value.code or 0)
+
+    report(n=100).save("few.json")
+    assert export("--report", "few.json", "--paper", "paper.yaml") == 2
+    assert export() == 2
+    assert "needs --report and --paper" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    report().save("full.json")
+    assert export("--report", "full.json", "--paper", "paper.yaml") == 0
+    assert json.loads((tmp_path / "out" / "Doe2026Title.json").read_text())["autoattack_acc"] == "53.08"
+    assert "[New Model] Doe2026Title" in (tmp_path / "out" / "Doe2026Title-issue.md").read_text()
