@@ -27,18 +27,18 @@ from torch import nn
 from robustify import data as datasets
 from robustify import layers, sources
 from robustify.data import batches, from_tensors
-from robustify.distributed import World, make_accelerator
+from robustify.distributed import make_accelerator
 from robustify.environment import environment
 from robustify.gradients import input_gradient
 from robustify.losses import ce
 from robustify.methods import FastAt, PgdAt, Trades, Wasserstein
+from robustify.metrics import Metrics
 from robustify.modes import Shadow, borrowed
 from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
 from robustify.sensitivity import UpsilonTracker
 from robustify.step import Setup, prepare, set_train_mode, take_step
 from robustify.threat import ThreatModel
-from robustify.train import _Metrics
 
 
 def setup_for(model: PixelModel, method, precision: str, batch: int) -> Setup:
@@ -103,7 +103,7 @@ def overhead(setup: Setup, x: torch.Tensor, y: torch.Tensor, batch: int) -> floa
     pixels, labels = (x * 255).byte().cpu(), y.cpu()
     data = from_tensors((pixels, labels), (pixels, labels), (pixels, labels)).to(x.device)
     with tempfile.TemporaryDirectory() as folder:
-        log = _Metrics(Path(folder) / "metrics.jsonl", None, World())
+        log = Metrics(Path(folder) / "metrics.jsonl", None)
         begin = time.perf_counter()
         for i, (images, _) in enumerate(batches(data.train, [list(range(batch))] * 20, x.device)):
             augment(images, "crop-flip", Draws(i, images.device))

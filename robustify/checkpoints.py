@@ -1,47 +1,109 @@
-"""Training states on disk: complete or absent, so that a run killed at any moment finds the last whole one."""
+"""Training states on disk: complete or absent, so that a run killed at any moment finds the last whole one.
+
+One file, written and read by the main process alone: the other machines need not see the folder. It holds what all
+processes share once, and what differs between them (BatchNorm's statistics in mid-epoch, say) once for each.
+"""
 
 from __future__ import annotations
 
-import shutil
+import pickle
 from pathlib import Path
+from typing import Any, Protocol
 
-from accelerate import Accelerator
+import torch
+from torch import Tensor
 
-from robustify.distributed import World
+from robustify import files
 from robustify.errors import UserError
+from robustify.step import Setup
 
-_PREFIX = "step-"
+Own = dict[str, Tensor]
 
 
-def save(accelerator: Accelerator, world: World, folder: Path, step: int) -> None:
-    """Write the accelerator's state under folder/step-N and drop the older ones, once the new one is whole."""
-    target = folder / f"{_PREFIX}{step:08d}"
-    unfinished = folder / f".{target.name}.tmp"
-    if world.is_main:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    world.wait()
-    accelerator.save_state(str(unfinished))
-    world.wait()
-    if world.is_main:
-        shutil.rmtree(target, ignore_errors=True)
-        unfinished.rename(target)
+class Part(Protocol):
+    """A part of a run that must be put back: a network, an optimiser, the loop's own state."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
+
+def save(setup: Setup, more: dict[str, Part], folder: Path, step: int) -> None:
+    """Write folder/step-N.pt with the state of the run, and drop the older ones once it is whole.
+
+    more: what the loop itself remembers, by name.
+    """
+    everyones = setup.world.gather_on_main({name: tensor.cpu() for name, tensor in _own(setup).items()})
+    if setup.world.is_main:
+        state = {"parts": {name: part.state_dict() for name, part in _parts(setup, more).items()}, "own": everyones}
+        folder.mkdir(parents=True, exist_ok=True)
+        files.save(folder / f"step-{step:08d}.pt", lambda path: torch.save(state, path))
         for older in whole(folder)[:-1]:
-            shutil.rmtree(older, ignore_errors=True)
-    world.wait()
+            older.unlink()
+    setup.world.wait()
 
 
-def load(accelerator: Accelerator, checkpoint: Path) -> None:
-    """Put the state back. Raises UserError when the folder holds none."""
+@torch.no_grad()
+def resume(setup: Setup, more: dict[str, Part], checkpoint: Path) -> None:
+    """Put the state back, on any number of processes.
+
+    What was each process's own it finds again when there are as many as before; with another number all take the mean.
+    Raises UserError when the file does not hold the state of such a run.
+    """
+    state = setup.world.on_main(lambda: _read(checkpoint))
     try:
-        accelerator.load_state(str(checkpoint))
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"cannot resume from {checkpoint}: {error}", "start anew with --resume never --force") from None
+        for name, part in _parts(setup, more).items():
+            part.load_state_dict(state["parts"][name])
+        everyones: list[Own] = state["own"]
+        same = len(everyones) == setup.world.size
+        for name, tensor in _own(setup).items():
+            rows = [own[name] for own in everyones]
+            tensor.copy_(rows[setup.world.rank] if same else torch.stack(rows).mean(0))
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise _unreadable(checkpoint, error) from None
+    if setup.shadow:
+        setup.shadow.refresh()
+
+
+def _parts(setup: Setup, more: dict[str, Part]) -> dict[str, Part]:
+    """What is the same on all processes."""
+    parts = {
+        "model": setup.model,
+        "optimizer": setup.optimizer,
+        "tracker": setup.tracker,
+        "ema": setup.ema,
+        "scaler": setup.accelerator.scaler,
+    }
+    return {**more, **{name: part for name, part in parts.items() if part is not None}}
+
+
+def _own(setup: Setup) -> Own:
+    """What differs between processes: BatchNorm's statistics, until an epoch ends."""
+    models = {"model": setup.model, "ema": setup.ema and setup.ema.module}
+    return {
+        f"{which}.{name}": buffer
+        for which, model in models.items()
+        if model is not None
+        for name, buffer in model.named_buffers()
+        if buffer.is_floating_point()
+    }
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise _unreadable(checkpoint, error) from None
+
+
+def _unreadable(checkpoint: Path, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"cannot resume from {checkpoint}: {reason}", "start anew with --resume never --force")
 
 
 def whole(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(folder.glob(f"{_PREFIX}*"))
+    return sorted(folder.glob("step-*.pt"))
 
 
 def latest(folder: Path) -> Path | None:

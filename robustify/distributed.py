@@ -1,29 +1,46 @@
-"""The process group: the accelerator, exact sums and gathers over processes, and the relaunch on several of them."""
+"""The process group: the accelerator, and exact sums and gathers over processes."""
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
-from collections.abc import Callable, Sequence
+import socket
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from robustify.errors import UserError
+
+
+def time_limit() -> int:
+    """Seconds that a process waits for the others, when they start and when they exchange: ROBUSTIFY_TIMEOUT, or 1800."""
+    text = os.environ.get("ROBUSTIFY_TIMEOUT", "1800")
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"ROBUSTIFY_TIMEOUT={text} is not a number of seconds")
+    return int(text)
 
 
 def make_accelerator(precision: str = "no", tracker: str | None = None, log_dir: str | None = None) -> Accelerator:
     """Return the Accelerator of this process. Raises UserError when the precision or tracker cannot be had here."""
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("fp16 needs a CUDA device", "take --precision bf16")
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if gpus and here > gpus and os.environ.get("ACCELERATE_USE_CPU") != "true":
+        raise UserError(f"{here} processes, but this machine has {gpus} GPUs", f"start {gpus} processes here")
+    group = InitProcessGroupKwargs(backend=None, timeout=timedelta(seconds=time_limit()))  # pyright: ignore[reportArgumentType]
     # The two forwards of one step would each broadcast BatchNorm's statistics between them, and break the backward pass.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     # verdicts, budgets and the exact passes are fp32; TF32 would round them to ten bits
@@ -34,11 +51,16 @@ def make_accelerator(precision: str = "no", tracker: str | None = None, log_dir:
         accelerator = Accelerator(
             mixed_precision=precision,
             cpu=not torch.cuda.is_available(),
-            kwargs_handlers=[ddp],
+            kwargs_handlers=[ddp, group],
             log_with=tracker,
             project_dir=log_dir,
             step_scheduler_with_optimizer=False,
         )
+    except torch.distributed.DistError as error:
+        raise UserError(
+            f"the processes did not find each other within {time_limit()} seconds: {str(error).splitlines()[0]}",
+            "all must be started with the same address and number; ROBUSTIFY_TIMEOUT is the number of seconds to wait",
+        ) from None
     except (ValueError, ImportError) as error:
         raise UserError(f"cannot start with precision {precision}, tracker {tracker}: {error}") from None
     if tracker and not accelerator.log_with:
@@ -54,6 +76,8 @@ class World:
         self.size = accelerator.num_processes if accelerator else 1
         self.rank = accelerator.process_index if accelerator else 0
         self.is_main = self.rank == 0
+        self.device = accelerator.device if accelerator else torch.device("cpu")
+        self.worked = self.waited = 0.0
 
     def rows(self, n: int) -> slice:
         """This process's contiguous share of n rows; shares differ by at most one row."""
@@ -63,14 +87,16 @@ class World:
         """Concatenate tensors of any lengths over the processes, in order of rank; the same on every process."""
         if self.size == 1:
             return values
-        return torch.cat([part.to(values.device) for part in gather_object([values.cpu()])])
+        with self._waiting():
+            return torch.cat([part.to(values.device) for part in gather_object([values.cpu()])])
 
     def sum(self, values: Tensor) -> Tensor:
         """Add a tensor over the processes."""
         if self.size == 1:
             return values
         assert self.accelerator is not None
-        total = self.accelerator.reduce(values.clone(), reduction="sum")
+        with self._waiting():
+            total = self.accelerator.reduce(values.clone(), reduction="sum")
         assert isinstance(total, Tensor)
         return total
 
@@ -89,6 +115,45 @@ class World:
             error.told = not self.is_main  # the main process says it
             raise error
         return result
+
+    def gather_on_main(self, value: Any) -> list[Any] | None:
+        """Return every process's value on the main process, in order of rank; None on the others."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size if self.is_main else None
+        torch.distributed.gather_object(value, values)
+        return values
+
+    def any(self, here: bool) -> bool:
+        """Whether it holds on any process; the same on all of them."""
+        return here if self.size == 1 else bool(self.sum(torch.tensor(float(here), device=self.device)) > 0)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Count the block's seconds, without those spent waiting for others, as this process's own work."""
+        begin, waited = time.perf_counter(), self.waited
+        yield
+        if self.size > 1 and self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.worked += time.perf_counter() - begin - (self.waited - waited)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - begin
+
+    def slow_process(self) -> str | None:
+        """On the main process, name a process whose own work took over half longer than the median's; begin anew."""
+        worked, self.worked = self.worked, 0.0
+        found = self.gather_on_main((worked, self.rank, socket.gethostname()))
+        if found is None or self.size == 1:
+            return None
+        slowest, rank, host = max(found)
+        usual = sorted(found)[(self.size - 1) // 2][0]
+        if slowest <= 1.5 * usual:
+            return None
+        return f"process {rank} on {host} takes {slowest / usual:.1f} times as long as the others, which wait for it"
 
     def wait(self) -> None:
         if self.accelerator is not None:
@@ -118,39 +183,6 @@ def main_first(world: World):
     yield
     if world.is_main:
         world.wait()
-
-
-def relaunch(processes: int, arguments: Sequence[str]) -> int:
-    """Run `robustify ARGUMENTS` on several processes of this machine and return the exit code.
-
-    The same path as torchrun or accelerate launch: every process runs the same command. Raises UserError when there are
-    fewer devices than processes.
-    """
-    gpus, cores = (
-        torch.cuda.device_count(),
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-    )
-    room, kind = (gpus, "GPUs") if gpus else (cores, "cores")
-    if processes > room:
-        raise UserError(f"--processes {processes}, but this machine has {room} {kind}", f"take --processes {room}")
-    if not gpus:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the process that failed has said why
-    config = LaunchConfig(
-        1, 1, processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="robustify", max_restarts=0
-    )
-    try:
-        elastic_launch(config, sys.executable)("-m", "robustify", *arguments)
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 1
-    return 0
-
-
-def launched() -> bool:
-    """Whether torchrun or accelerate launch started this process as one of several."""
-    return "WORLD_SIZE" in os.environ
 
 
 def busy_cores() -> str | None:

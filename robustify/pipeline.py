@@ -4,6 +4,7 @@ network in memory."""
 from __future__ import annotations
 
 import copy
+import os
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from robustify.errors import UserError
 from robustify.evaluation import evaluate
 from robustify.events import Event, Exported, Listener, Measured, Note, Planned, Progress
 from robustify.export import export
+from robustify.faults import peers_watched, sigterm_noted
 from robustify.inputs import augmentation, gate, load_inputs, prepare_weights
 from robustify.memory import memory_explained
 from robustify.methods import withstood
@@ -77,6 +79,8 @@ def finetune(
     accelerator = make_accelerator(recipe.train.precision, recipe.train.tracker, str(out))
     world = World(accelerator)
     folder = Path(out if resume in ("auto", "never") else resume)
+    # an elastic launcher that starts the processes again means the run to go on
+    force = force and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     checkpoint_at = world.on_main(lambda: open_run(folder, recipe, resume, force))
     if recipe.train.tracker:
         simple = {
@@ -84,7 +88,7 @@ def finetune(
         }
         accelerator.init_trackers("robustify", simple)
     tell: Listener = listener if world.is_main else lambda event: None
-    with memory_explained(recipe):
+    with peers_watched(world), memory_explained(recipe):
         with main_first(world):
             checkpoint, data = load_inputs(recipe, tell)
         result = _run(recipe, checkpoint, data, accelerator, folder, checkpoint_at, command, tell, export_it=True)
@@ -195,10 +199,17 @@ def _run(
     setup = prepare(
         model, recipe.method, recipe.threat, recipe.train, accelerator, augmentation(recipe, data), len(data.train)
     )
-    outcome = follow(
-        train(setup, data, folder, resume=resume, eval_batch=recipe.eval.batch_size, workers=recipe.data.workers),
-        tell,
-    )
+    with sigterm_noted() as termination:
+        run = train(
+            setup,
+            data,
+            folder,
+            resume=resume,
+            eval_batch=recipe.eval.batch_size,
+            workers=recipe.data.workers,
+            termination=termination,
+        )
+        outcome = follow(run, tell)
     model.eval().requires_grad_(True)
     model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
 

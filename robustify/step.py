@@ -132,6 +132,12 @@ def set_train_mode(setup: Setup) -> None:
             module.eval()
 
 
+def share_statistics(setup: Setup) -> None:
+    """BatchNorm's statistics drift apart between processes; when an epoch ends all take their mean."""
+    for model in filter(None, (setup.model, setup.ema and setup.ema.module)):
+        setup.world.average_buffers(model)
+
+
 def _normalised_by_batch(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
@@ -185,7 +191,7 @@ def _attacked(setup: Setup, nets: Nets, x: Tensor, y: Tensor, step: int, k: int)
     x = augment(x, setup.augmentation, draws)
     if isinstance(method, OwnStep):
         return _Part(x, None, y, draws)
-    with borrowed(setup.model):
+    with setup.world.working(), borrowed(setup.model):
         x_adv = method.perturb(nets, x, y, setup.threat, draws, setup.tracker)
     if setup.tracker:
         setup.tracker.update()

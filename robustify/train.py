@@ -6,9 +6,7 @@ random number is a function of (seed, step, place in the global batch), so a run
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
@@ -26,17 +24,19 @@ from robustify.distributed import World
 from robustify.errors import UserError
 from robustify.evaluation import evaluate, sample
 from robustify.events import Collapsed, EpochEnd, Event, Listener, Note, Progress, StepEnd
+from robustify.faults import Preempted, Termination
 from robustify.gradients import gradient_alignment, gradient_norms
 from robustify.importance import MIN_DRAWS, draw, logit_slopes
 from robustify.methods import withstood
 from robustify.methods.base import replays
 from robustify.methods.remedies import has_collapsed, next_remedy, remedied
 from robustify.methods.wasserstein import Wasserstein
+from robustify.metrics import Metrics
 from robustify.recipe import TrainSettings
 from robustify.rng import mix
 from robustify.schedules import BY_SCORE, make_schedule
 from robustify.sensitivity import UpsilonTracker
-from robustify.step import Setup, set_train_mode, take_step
+from robustify.step import Setup, set_train_mode, share_statistics, take_step
 
 # first words of the seeds, so that no two uses of randomness share a stream
 _ORDER, _UPSILON = 11, 13
@@ -77,14 +77,23 @@ class Outcome:
 
 
 def train(
-    setup: Setup, data: Data, folder: Path, *, resume: Path | None = None, eval_batch: int = 256, workers: int = 0
+    setup: Setup,
+    data: Data,
+    folder: Path,
+    *,
+    resume: Path | None = None,
+    eval_batch: int = 256,
+    workers: int = 0,
+    termination: Termination | None = None,
 ) -> Generator[Event, None, Outcome]:
     """Train and yield what happens; at the end the model holds the best epoch's weights. Returns the Outcome.
 
     folder: gets metrics.jsonl, best.safetensors and checkpoints/. resume: a checkpoint of the same run. workers: processes
-    that decode pictures which are not in memory.
+    that decode pictures which are not in memory. termination: once it is asked for on any process, the state is saved at
+    the end of the step and Preempted raised.
     Raises UserError when the loss stops being a number, with the facts.
     """
+    termination = termination or Termination()
     s, world, method = setup.settings, setup.world, setup.method
     n = len(data.train)
     if n < s.batch_size:
@@ -102,16 +111,13 @@ def train(
     steps = per_epoch * s.epochs
     state = LoopState()
     schedule = make_schedule(setup.optimizer, s.schedule, s.epochs, per_epoch, s.warmup_epochs, s.accelat)
-    for stateful in filter(None, (state, schedule, setup.tracker, setup.ema)):
-        setup.accelerator.register_for_checkpointing(stateful)
+    own = {"loop": state, "schedule": schedule}
     probe = subset(data.val, sample(len(data.val), min(s.probe_images, len(data.val)), s.seed))
     if resume is not None:
-        checkpoints.load(setup.accelerator, resume)
+        checkpoints.resume(setup, own, resume)
         setup.method = remedied(method, state.remedies)
-        if setup.shadow:
-            setup.shadow.refresh()
         yield Note(f"resumed at step {state.step} of {steps}")
-    metrics = _Metrics(folder / "metrics.jsonl", state.step if resume else None, world)
+    metrics = Metrics(folder / "metrics.jsonl" if world.is_main else None, state.step if resume else None)
     if state.step == 0:
         clean, robust, name = _probe(setup, probe, eval_batch)
         if s.init == "loaded":  # a start that no epoch beats is kept
@@ -143,11 +149,15 @@ def train(
             metrics.write(step=state.step, epoch=epoch + 1, lr=lr, **losses)
             setup.accelerator.log({"lr": lr, **losses}, step=state.step)
             yield StepEnd(state.step, steps, epoch + 1, lr, losses, seen * world.size / took)
-            if s.checkpoint_steps and state.step % s.checkpoint_steps == 0 and state.step % per_epoch:
-                _share_statistics(setup)  # one copy of them is saved
-                checkpoints.save(setup.accelerator, world, folder / "checkpoints", state.step)
+            if state.step % per_epoch == 0:
+                break  # the epoch is not over before its probe
+            ended = world.any(termination.asked)
+            if ended or (s.checkpoint_steps and state.step % s.checkpoint_steps == 0):
+                checkpoints.save(setup, own, folder / "checkpoints", state.step)
+            if ended:
+                raise Preempted(state.step)
 
-        _share_statistics(setup)
+        share_statistics(setup)
         clean, robust, name = _probe(setup, probe, eval_batch)
         score = robust if method.adversarial else clean
         best = score > state.best or s.keep == "last"
@@ -162,6 +172,8 @@ def train(
         metrics.write(step=state.step, epoch=epoch + 1, clean=clean, robust=robust, probe=name, best=best, **extra)
         setup.accelerator.log({"clean": clean, "robust": robust, **extra}, step=state.step)
         yield EpochEnd(epoch + 1, s.epochs, clean, robust, name, best, means, extra)
+        if (slow := world.slow_process()) is not None:
+            yield Note(slow, "warning")
         schedule.tell(score)
         # against the epochs trained: the first ones from a start that is hardly robust dip before they rise
         if method.adversarial and has_collapsed(score, state.trained_best, s.collapse_drop, len(probe)):
@@ -173,7 +185,9 @@ def train(
                 setup.method = remedied(method, state.remedies)
                 _roll_back(setup, folder)
         state.trained_best = max(state.trained_best, score)
-        checkpoints.save(setup.accelerator, world, folder / "checkpoints", state.step)
+        checkpoints.save(setup, own, folder / "checkpoints", state.step)
+        if world.any(termination.asked):
+            raise Preempted(state.step)
 
     metrics.close()
     if state.best_epoch == 0:
@@ -204,12 +218,6 @@ def _epoch_lists(n: int, epoch: int, s: TrainSettings, world: World, times: int)
         starts = range(first, first + s.batch_size, part)
         lists += [order[i + rows.start : i + rows.stop] for i in starts] * times
     return lists
-
-
-def _share_statistics(setup: Setup) -> None:
-    """BatchNorm's statistics drift apart between processes; before a probe or a checkpoint all take their mean."""
-    for model in filter(None, (setup.model, setup.ema and setup.ema.module)):
-        setup.world.average_buffers(model)
 
 
 def _measure_upsilon(
@@ -289,29 +297,3 @@ def _not_finite(setup: Setup, losses: dict[str, float], step: int, epoch: int) -
         f"largest weight {worst:g}, precision {setup.settings.precision}. The last checkpoint is intact.",
         f"try --set train.lr={lr / 10:g}, --set train.clip_norm=1" + (", or --precision no" if setup.shadow else ""),
     )
-
-
-class _Metrics:
-    """metrics.jsonl, one line a step and one an epoch; on resuming, lines after the checkpoint are dropped."""
-
-    def __init__(self, path: Path, resumed_step: int | None, world: World) -> None:
-        self.file = None
-        if not world.is_main:
-            return
-        if resumed_step is not None and path.exists():
-            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in whole if json.loads(line)["step"] <= resumed_step]
-            files.write_text(path, "".join(line + "\n" for line in kept))
-            self.file = open(path, "a")  # noqa: SIM115
-        else:
-            self.file = open(path, "w")  # noqa: SIM115
-
-    def write(self, **values: Any) -> None:
-        if self.file:
-            self.file.write(json.dumps(values) + "\n")
-            self.file.flush()
-
-    def close(self) -> None:
-        if self.file:
-            os.fsync(self.file.fileno())
-            self.file.close()

@@ -17,7 +17,7 @@ FILES = {
 
 # a library, and the modules that may import it anywhere in their text
 KNOWS = {
-    "accelerate": {"distributed", "step", "evaluation", "pipeline", "checkpoints"},
+    "accelerate": {"distributed", "step"},
     "timm": {"sources", "registry", "data", "export", "equivalents", "step", "schedules", "nets"},
     "robustbench": {"sources/robustbench"},
     "typer": {"cli", "console"},
@@ -67,7 +67,9 @@ LAYERS = [
         "schedules",
         "distributed",
         "events",
-        "checkpoints",
+        "faults",
+        "launch",
+        "metrics",
         "export",
         "card",
         "card_figures",
@@ -84,7 +86,7 @@ LAYERS = [
         "plots",
         "curves",
     },
-    {"step", "train", "evaluation", "measure", "pointwise", "distributional", "recheck"},
+    {"step", "checkpoints", "train", "evaluation", "measure", "pointwise", "distributional", "recheck"},
     {"inputs", "runs", "memory", "plan", "blend"},
     {"pipeline"},
     {"api", "console"},

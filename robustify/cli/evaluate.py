@@ -74,7 +74,8 @@ def run(
         return
     with console.status("loading torch"):
         from robustify import api, curves, pieces, plots
-        from robustify.distributed import World, launched, make_accelerator, relaunch
+        from robustify.distributed import World, make_accelerator
+        from robustify.launch import Layout, launched, relaunch
         from robustify.memory import batches_explained
         from robustify.report import Report
         from robustify.threat import ThreatModel
@@ -83,7 +84,7 @@ def run(
     against = [ThreatModel.parse(threat) for threat in threats or ()]
     arguments = options.typed(context)
     if processes > 1 and not launched():
-        raise typer.Exit(relaunch(processes, options.without(arguments, "--processes")))
+        raise typer.Exit(relaunch(Layout(processes), options.without(arguments, "--processes")))
     accelerator = make_accelerator()
     world = World(accelerator)
     partial = world.on_main(lambda: _partial(output, resume, force, keep))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,6 +45,9 @@ def run(
         Path | None, Option("-o", "--output", metavar="DIR", help="The run's folder.  [default: runs/MODEL-METHOD]")
     ] = None,
     processes: options.Processes = 1,
+    accelerate_config: Annotated[
+        Path | None, Option(metavar="FILE", help="Machines and processes as `accelerate config` wrote them down.")
+    ] = None,
     precision: Annotated[str | None, Option(metavar="TYPE", help="no, bf16 or fp16.")] = None,
     resume: Annotated[
         str,
@@ -74,7 +79,7 @@ def run(
     """
     with console.status("loading torch"):
         from robustify import pipeline
-        from robustify.distributed import launched, relaunch
+        from robustify.launch import Layout, launched, read_config, relaunch
         from robustify.plan import plan
         from robustify.recipe import resolve
     flags: dict[str, Any] = {
@@ -101,20 +106,32 @@ def run(
             facts = plan(resolved.recipe, listener=watch)
         _show_plan(resolved, facts, options.command(a for a in arguments if a != "--dry-run"), as_json)
         return
-    if processes > 1 and not launched():
-        raise typer.Exit(relaunch(processes, options.without(arguments, "--processes")))
+    again = options.command(a for a in options.without(arguments, "--resume") if a != "--force")
+    if (processes > 1 or accelerate_config) and not launched():
+        layout = read_config(accelerate_config) if accelerate_config else Layout(processes)
+        inner = options.without(options.without(arguments, "--processes"), "--accelerate-config")
+        with _ends_explained(again):
+            raise typer.Exit(relaunch(layout, inner))
     folder = output or Path("runs") / default_name(resolved.recipe.model.source, resolved.recipe.method.name)
     command = options.command(arguments)
-    try:
-        with console.Watch() as watch:
-            result = pipeline.finetune(
-                resolved.recipe, folder, resume=resume, force=force, command=command, listener=watch
-            )
-    except KeyboardInterrupt:
-        again = options.command(a for a in options.without(arguments, "--resume") if a != "--force")
-        console.note(f"interrupted; this continues the run: {again}")
-        raise typer.Exit(130) from None
+    with _ends_explained(again), console.Watch() as watch:
+        result = pipeline.finetune(resolved.recipe, folder, resume=resume, force=force, command=command, listener=watch)
     _show_result(*result.report, result.folder or folder, as_json)
+
+
+@contextmanager
+def _ends_explained(again: str) -> Iterator[None]:
+    """Say how a run goes on that was ended from outside."""
+    from robustify.faults import PEER_LOST, PREEMPTED, PeerLost, Preempted
+
+    try:
+        yield
+    except (KeyboardInterrupt, Preempted) as ended:
+        console.note(f"{str(ended) or 'interrupted'}; this continues the run: {again}")
+        raise typer.Exit(PREEMPTED if isinstance(ended, Preempted) else 130) from None
+    except PeerLost as lost:
+        console.mistake(lost.message, f"the last checkpoint is whole; this continues the run: {again}")
+        raise typer.Exit(PEER_LOST) from None
 
 
 def default_name(source: str, method: str) -> str:

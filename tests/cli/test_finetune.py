@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from robustify import distributed, pipeline
+from robustify import launch, pipeline
 from robustify.cli.finetune import default_name
 from robustify.cli.options import count, without
 from robustify.errors import UserError
@@ -145,7 +145,7 @@ def test_an_interrupted_run_says_how_it_continues(robustify, monkeypatch, tiny):
 
 def test_several_processes_get_the_same_arguments(robustify, monkeypatch, tiny):
     asked = []
-    monkeypatch.setattr(distributed, "relaunch", lambda processes, arguments: asked.append((processes, arguments)) or 7)
+    monkeypatch.setattr(launch, "relaunch", lambda layout, arguments: asked.append((layout.processes, arguments)) or 7)
     assert robustify("finetune", *tiny, "--processes", "2").code == 7
     assert robustify("evaluate", "digits", "--processes=2", "--n", "10").code == 7
     assert asked == [(2, ["finetune", *tiny]), (2, ["evaluate", "digits", "--n", "10"])]

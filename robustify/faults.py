@@ -1,0 +1,110 @@
+"""What ends a run from outside: the machine is taken away (SIGTERM), or another of its processes is lost.
+
+Both leave the last checkpoint whole, and the same command continues from it, on as many processes as there are then.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from robustify.distributed import World
+from robustify.errors import UserError
+
+PREEMPTED, PEER_LOST = 128 + signal.SIGTERM, 3  # exit codes
+_WHY = "robustify/why"  # in the processes' common store: the last words of the one that ended first
+_BROKEN = re.compile(r"gloo|NCCL|by peer|Broken pipe|socket|[Tt]imed out waiting")
+
+
+class Preempted(Exception):
+    """SIGTERM came, as clusters send it before they take a machine away; the state of this step is on disk."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"ended by SIGTERM after step {step}, whose state is saved")
+
+
+class PeerLost(UserError):
+    """Another process of this run has ended, or does not answer."""
+
+
+@dataclass
+class Termination:
+    """Whether SIGTERM has come."""
+
+    asked: bool = False
+
+
+@contextmanager
+def sigterm_noted() -> Iterator[Termination]:
+    """Let SIGTERM only be noted while the block runs, so that a step can end and its state be saved."""
+    noted = Termination()
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield noted
+        return
+
+    def note(number: int, frame: object) -> None:
+        noted.asked = True
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def peers_watched(world: World) -> Iterator[None]:
+    """Leave this process's last words to the others, and turn a broken collective into PeerLost with theirs."""
+    if world.size == 1:
+        yield
+        return
+    try:
+        yield
+    except RuntimeError as error:
+        if not _broken(error):
+            _leave_word(world, error)
+            raise
+        raise PeerLost(_last_words() or _unexplained(error)) from None
+    except Preempted:
+        raise
+    except BaseException as error:
+        _leave_word(world, error)
+        raise
+
+
+def _broken(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or _BROKEN.search(str(error)) is not None
+
+
+def _unexplained(error: RuntimeError) -> str:
+    text = str(error)
+    if "imed out" in text or "imeout" in text:
+        return "another process does not answer: it hangs, or its machine is gone"
+    return "another process has ended without a word: killed, perhaps for want of memory, or its machine is gone"
+
+
+def _leave_word(world: World, error: BaseException) -> None:
+    store = _store()
+    if store is not None:
+        text = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        store.set(_WHY, f"process {world.rank} of {world.size} has ended: {text}")
+
+
+def _last_words() -> str | None:
+    store = _store()
+    try:
+        return store.get(_WHY).decode() if store is not None and store.check([_WHY]) else None
+    except RuntimeError:  # the store's machine is the one that is gone
+        return None
+
+
+def _store() -> Any:
+    # the store that init_process_group has made; torch has no public name for it
+    return dist.distributed_c10d._get_default_store() if dist.is_initialized() else None

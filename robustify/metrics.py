@@ -1,0 +1,36 @@
+"""metrics.jsonl: one line a step and one an epoch; on resuming, lines after the checkpoint are dropped."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from robustify import files
+
+
+class Metrics:
+    """Appends lines to `path`, or to nothing when it is None. resumed_step: the checkpoint's, None for a new run."""
+
+    def __init__(self, path: Path | None, resumed_step: int | None) -> None:
+        self.file = None
+        if path is None:
+            return
+        if resumed_step is not None and path.exists():
+            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in whole if json.loads(line)["step"] <= resumed_step]
+            files.write_text(path, "".join(line + "\n" for line in kept))
+            self.file = open(path, "a")  # noqa: SIM115
+        else:
+            self.file = open(path, "w")  # noqa: SIM115
+
+    def write(self, **values: Any) -> None:
+        if self.file:
+            self.file.write(json.dumps(values) + "\n")
+            self.file.flush()
+
+    def close(self) -> None:
+        if self.file:
+            os.fsync(self.file.fileno())
+            self.file.close()

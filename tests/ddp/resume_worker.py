@@ -1,0 +1,74 @@
+"""Training that is stopped and goes on, on this process's share; started by test_resume.py, which also imports it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers import tiny_net, toy_data
+
+from robustify import checkpoints, layers
+from robustify.data import from_tensors
+from robustify.distributed import make_accelerator
+from robustify.events import StepEnd
+from robustify.faults import Preempted, Termination
+from robustify.methods import Wasserstein
+from robustify.pixels import PixelModel
+from robustify.recipe import TrainSettings
+from robustify.step import prepare
+from robustify.threat import ThreatModel
+from robustify.train import follow, train
+
+STOP = 5  # in the middle of the second epoch of four steps
+
+
+def run(out: Path, stop: bool = False, resume: bool = False, **settings):
+    """Train two epochs in fp64, from the start or the last checkpoint, to the end or to the fifth step."""
+    net = tiny_net().double()
+    net[3].p = 0.0
+    layers.select(net, "full", [])
+    s = TrainSettings(**{"epochs": 2, "batch_size": 24, "lr": 0.05, "probe_images": 32, "ema": 0.9, **settings})
+    method = Wasserstein(steps=2, upsilon_images=50)
+    setup = prepare(PixelModel(net), method, ThreatModel.parse("W2-Linf:8/255"), s, make_accelerator(), "crop-flip", 96)
+    pairs = [(x.double(), y) for x, y in (toy_data(96), toy_data(64, seed=1), toy_data(64, seed=2))]
+    termination = Termination()
+
+    def listen(event):
+        # only one of the processes is told, as on a cluster that takes one machine away
+        if stop and isinstance(event, StepEnd) and event.step == STOP and setup.world.rank == setup.world.size - 1:
+            termination.asked = True
+
+    if setup.world.is_main:
+        out.mkdir(exist_ok=True)
+    setup.world.wait()
+    at = checkpoints.latest(out / "checkpoints") if resume else None
+    training = train(setup, from_tensors(*pairs), out, resume=at, termination=termination)
+    if stop:
+        with pytest.raises(Preempted, match=f"after step {STOP}"):
+            follow(training, listen)
+    else:
+        follow(training, listen)
+    return {"weights": {k: v.clone() for k, v in net.state_dict().items()}, "upsilon": setup.tracker.value}
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    results = {
+        "live": run(out / "live"),
+        "live, checkpoints": run(out / "checkpoints", checkpoint_steps=1),
+        "from one": run(out / "from one", resume=True, batchnorm="frozen"),
+    }
+    run(out / "live, stopped", stop=True)
+    results["live, stopped"] = run(out / "live, stopped", resume=True)
+    run(out / "from two", stop=True, batchnorm="frozen")
+    if not int(os.environ["RANK"]):
+        torch.save(results, out / "results.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

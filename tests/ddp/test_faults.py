@@ -1,0 +1,110 @@
+"""Runs on two processes that are killed, terminated, restarted: they end at once, say why, and go on where they were."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+RUN = [
+    *("finetune", "quickstart", "--epochs", "3", "--set", "data.limit=300", "--set", "method.steps=2"),
+    *("--set", "train.checkpoint_steps=1", "--set", "eval.n=20", "--set", "eval.attacks=[clean]"),
+    *("--set", "train.probe_images=16", "--no-verify", "-o", "run"),
+]
+STEPS = 12  # 270 images, batch 64, 3 epochs
+ROBUSTIFY = [sys.executable, "-m", "robustify"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+
+
+def start(command, folder):
+    # without it, the processes of a second start may read the first one's addresses
+    fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **fresh}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def steps(folder: Path) -> list[int]:
+    path = folder / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    return [line["step"] for line in lines if "lr" in line]
+
+
+def trained_for(process, folder, count):
+    """Wait until the run has made so many steps."""
+    deadline = time.monotonic() + 300
+    while len(steps(folder)) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def kill_a_worker(process):
+    workers = [
+        child for child in psutil.Process(process.pid).children(recursive=True) if "robustify" in child.cmdline()
+    ]
+    workers[-1].send_signal(signal.SIGKILL)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def terminated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("terminated")
+    process = start([*ROBUSTIFY, *RUN, "--processes", "2"], folder)
+    trained_for(process, folder, 2)
+    process.send_signal(signal.SIGTERM)
+    return folder, finish(process)
+
+
+def test_sigterm_saves_the_step_and_says_how_to_go_on(terminated):
+    folder, (code, _, err) = terminated
+    assert code == 143, err
+    (line,) = [line for line in err.splitlines() if "SIGTERM" in line]
+    (saved,) = (folder / "run" / "checkpoints").iterdir()
+    assert saved.name == f"step-{steps(folder)[-1]:08d}.pt"
+    assert line.startswith(f"ended by SIGTERM after step {steps(folder)[-1]}, whose state is saved")
+    assert "this continues the run: robustify finetune quickstart" in line
+    assert line.endswith("--processes 2")
+
+
+def test_a_killed_process_ends_the_run_with_its_reason_and_another_number_goes_on(terminated):
+    folder, _ = terminated
+    before = steps(folder)[-1]
+    process = start([*ROBUSTIFY, *RUN, "--processes", "2"], folder)
+    trained_for(process, folder, before + 1)
+    kill_a_worker(process)
+    code, _, err = finish(process)
+    assert code == 3, err
+    assert "was ended by SIGKILL" in err
+    assert "another process has ended without a word" in err
+    assert "Traceback" not in err
+    assert f"resumed at step {before} of {STEPS}" in err
+    process = start([*ROBUSTIFY, *RUN], folder)  # on one process
+    code, out, err = finish(process)
+    assert code == 0, err
+    assert "resumed at step" in err
+    assert steps(folder) == list(range(1, STEPS + 1))
+    assert "model: run/model" in out
+
+
+def test_torchrun_restarts_a_run_that_lost_a_process(tmp_path):
+    process = start([*TORCHRUN, "-m", "robustify", *RUN, "--force"], tmp_path)
+    trained_for(process, tmp_path, 2)
+    kill_a_worker(process)
+    code, out, err = finish(process)
+    assert code == 0, err
+    assert err.count("resumed at step") == 1
+    assert steps(tmp_path) == list(range(1, STEPS + 1))
+    assert "model: run/model" in out
