@@ -97,7 +97,7 @@ def test_a_stopped_run_continues_bit_for_bit(rule, tmp_path):
             break
     stopped.close()
     (checkpoint,) = (tmp_path / "b" / "checkpoints").iterdir()
-    assert checkpoint.name == "step-00000002"
+    assert checkpoint.name == "step-00000002.pt"
     continued = setup_for(method, "W2-Linf:8/255", **kwargs)
     run(continued, tmp_path / "b", resume=checkpoint)
     for a, b in zip(whole.model.state_dict().values(), continued.model.state_dict().values(), strict=True):
@@ -228,7 +228,7 @@ def test_free_at_takes_every_batch_several_times_and_continues_bit_for_bit(tmp_p
             break
     stopped.close()
     (checkpoint,) = (tmp_path / "b" / "checkpoints").iterdir()
-    assert checkpoint.name == "step-00000003"
+    assert checkpoint.name == "step-00000003.pt"
     continued = setup_for(FreeAt(replays=2), checkpoint_steps=1)
     run(continued, tmp_path / "b", resume=checkpoint)
     for a, b in zip(whole.model.state_dict().values(), continued.model.state_dict().values(), strict=True):
@@ -360,7 +360,7 @@ def test_after_a_collapse_training_goes_on_from_the_best_weights_with_the_remedy
     stopped.close()
     assert (tmp_path / "b" / "best.safetensors").read_bytes() == kept
     (checkpoint,) = (tmp_path / "b" / "checkpoints").iterdir()
-    assert checkpoint.name == "step-00000006"  # the end of the second epoch, rolled back
+    assert checkpoint.name == "step-00000006.pt"  # the end of the second epoch, rolled back
     collapsing(monkeypatch, iter(scores[3:]))
     continued = setup_for(FastAt(), **kwargs)
     again, _ = run(continued, tmp_path / "b", resume=checkpoint)
