@@ -33,7 +33,7 @@ def run(out: Path, stop: bool = False, resume: bool = False, **settings):
     net[3].p = 0.0
     layers.select(net, "full", [])
     s = TrainSettings(**{"epochs": 2, "batch_size": 24, "lr": 0.05, "probe_images": 32, "ema": 0.9, **settings})
-    method = Wasserstein(steps=2, upsilon_images=50)
+    method = Wasserstein(steps=2, adversary={"name": "budget", "images": 50})
     setup = prepare(PixelModel(net), method, ThreatModel.parse("W2-Linf:8/255"), s, make_accelerator(), "crop-flip", 96)
     pairs = [(x.double(), y) for x, y in (toy_data(96), toy_data(64, seed=1), toy_data(64, seed=2))]
     termination = Termination()
