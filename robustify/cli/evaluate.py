@@ -179,8 +179,9 @@ def load(
 def recipe_of(source: str) -> Recipe | None:
     """Return the recipe of the run that the source is the folder of, or its model/; else None."""
     from robustify.recipe import resolve
+    from robustify.sources.options import split
 
-    folder = Path(source.removeprefix("local-dir:")).expanduser()
+    folder = Path(split(source)[0].removeprefix("local-dir:")).expanduser()
     for place in (folder, folder.resolve().parent):
         if (place / "recipe.yaml").is_file() and (place / "model").is_dir():
             return resolve(str(place / "recipe.yaml")).recipe

@@ -39,6 +39,14 @@ def test_evaluate_takes_data_and_threat_from_the_run(robustify, finished, tmp_pa
     assert "report: report.json" in ran.err
 
 
+def test_a_run_is_known_also_with_words_behind_its_name(robustify, finished):
+    """As in `runs/mine:arch=nets:make`, for a class of the user's own."""
+    folder, _ = finished
+    ran = robustify("evaluate", f"local-dir:{folder}:size=8", "--attack", "fgsm", "--n", "10", "--json")
+    assert ran.code == 0, ran.err
+    assert [row["threat"] for row in json.loads(ran.out)["rows"]] == [None, "Linf:0.1"]
+
+
 def test_evaluate_speaks_json(robustify, finished):
     folder, _ = finished
     ran = robustify(
