@@ -29,19 +29,17 @@ from robustify.threat import ThreatModel, norms, per_image
 class Survivals(Memory):
     """Which of the last images withstood their radius, by u; and t, in units of delta, that follows them."""
 
-    def __init__(self, threat: ThreatModel, images: int, rate: float) -> None:
+    def __init__(self, threat: ThreatModel, images: int, rate: float, reach: float) -> None:
         super().__init__(threat)
-        self.images, self.rate = images, rate
+        self.images, self.rate, self.reach = images, rate, reach
         self.rows = torch.zeros(0, 2, dtype=torch.float64)
-        self.t = 2.0
+        self.t = 1.0 if math.isinf(self.p) else 2.0
 
     def learn(self, rows: Tensor) -> None:
         self.rows = torch.cat([self.rows, rows[:, 1:]])[-self.images :]
-        if math.isinf(self.p):
-            self.t = 1.0
-        elif len(self.rows) >= self.images // 4:
+        if not math.isinf(self.p) and len(self.rows) >= self.images // 4:
             surplus = self.t**-self.p - gap(self.rows[:, 0], self.rows[:, 1])
-            self.t *= math.exp(self.rate * max(-1.0, min(1.0, surplus)))
+            self.t = min(self.reach, max(1.0, self.t * math.exp(self.rate * max(-1.0, min(1.0, surplus)))))
 
     def values(self) -> dict[str, float]:
         return {"t": self.t * self.delta}
@@ -61,18 +59,20 @@ def gap(u: Tensor, survived: Tensor) -> float:
 
 
 class RandomRadius(Settings):
-    """images: whose survival sets t; rate: how fast t follows. stop_at_flip: an image goes no further than where the model
+    """images: whose survival sets t; rate: how fast t follows. reach: t stays below so many delta (a network that fails
+    at every radius would send it to infinity, and itself after it). stop_at_flip: an image goes no further than where the model
     errs, as the adversary buys flips and pays for distance; without it, to the end of its radius."""
 
     name: Literal["random-radius"] = "random-radius"
     images: int = Field(default=4096, ge=256)
     rate: float = Field(default=0.1, gt=0, le=1)
+    reach: float = Field(default=4.0, gt=1)
     stop_at_flip: bool = True
 
     summary: ClassVar[str] = "each image is attacked at a random radius, distributed as duality says"
 
     def memory(self, threat: ThreatModel, population: int) -> Survivals:
-        return Survivals(threat, self.images, self.rate)
+        return Survivals(threat, self.images, self.rate, self.reach)
 
     def attack(
         self, nets: Nets, x: Tensor, y: Tensor, threat: ThreatModel, inner: Inner, draws: Draws, memory: Survivals
