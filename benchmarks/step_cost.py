@@ -31,7 +31,7 @@ from robustify.distributed import make_accelerator
 from robustify.environment import environment
 from robustify.gradients import input_gradient
 from robustify.losses import ce
-from robustify.methods import FastAt, PgdAt, Trades, Wasserstein
+from robustify.methods import FastAt, FreeAt, Gaat, Mart, MultiNorm, PgdAt, Trades, Wasserstein
 from robustify.metrics import Metrics
 from robustify.modes import Shadow, borrowed
 from robustify.pixels import PixelModel
@@ -41,9 +41,9 @@ from robustify.step import Setup, prepare, set_train_mode, take_step
 from robustify.threat import ThreatModel
 
 
-def setup_for(model: PixelModel, method, precision: str, batch: int) -> Setup:
+def setup_for(model: PixelModel, method, precision: str, batch: int, awp: float | None = None) -> Setup:
     threat = ThreatModel.parse("W2-Linf:8/255" if method.distributional else "Linf:8/255")
-    settings = TrainSettings(batch_size=batch, lr=1e-3, precision=precision)
+    settings = TrainSettings(batch_size=batch, lr=1e-3, precision=precision, awp=awp)
     model = copy.deepcopy(model)
     layers.select(model.net, "full", [])
     setup = prepare(model, method, threat, settings, make_accelerator(precision), "crop-flip", batch)
@@ -54,7 +54,7 @@ def setup_for(model: PixelModel, method, precision: str, batch: int) -> Setup:
 
 
 def passes(model: PixelModel, x: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """The three plain passes, written as simply as torch allows."""
+    """The plain passes, written as simply as torch allows; the last differentiates an input gradient again."""
     train = copy.deepcopy(model).train()
 
     def forward() -> None:
@@ -70,17 +70,49 @@ def passes(model: PixelModel, x: torch.Tensor, y: torch.Tensor) -> dict[str, Cal
         ce(train(x), y).mean().backward()
         train.zero_grad()
 
-    return {"F": forward, "F+Bin": to_input, "F+Bw": to_weights}
+    def twice() -> None:
+        inp = x.clone().requires_grad_(True)
+        (g,) = torch.autograd.grad(ce(train(inp), y).sum(), inp, create_graph=True)
+        g.square().sum().backward()
+        train.zero_grad()
+
+    return {"F": forward, "F+Bin": to_input, "F+Bw": to_weights, "F+Bin+Bw of it": twice}
 
 
 def floor(name: str, steps: int, t: dict[str, float]) -> float:
-    f, fin, fw = t["F"], t["F+Bin"], t["F+Bw"]
+    f, fin, fw, double = t["F"], t["F+Bin"], t["F+Bw"], t["F+Bin+Bw of it"]
     return {
         "fast-at": fin + fw,
+        "fast-at grad_align": fin + fw + 2 * double,
+        "free-at": fw,
+        "gaat": 2 * fw,
+        "gaat exact": double,
+        "mart": steps * fin + 2 * fw,
         "pgd-at": steps * fin + fw,
+        "pgd-at awp": steps * fin + 2 * fw,
+        "multi-norm": steps * fin + fw,
         "trades": f + steps * fin + 2 * fw,
         "wasserstein": (steps + 1) * fin + 2 * fw,
     }[name]
+
+
+def as_published(model: PixelModel, x: torch.Tensor, y: torch.Tensor) -> Callable[[], object]:
+    """The step of locuslab/fast_adversarial (Wong et al. 2020), re-stated: both of its passes are in training mode and take the
+    gradients of the weights, of which the attack needs none."""
+    net = copy.deepcopy(model).train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    eps = 8 / 255
+
+    def step() -> None:
+        delta = ((2 * torch.rand_like(x) - 1) * eps).clamp(-x, 1 - x).requires_grad_(True)
+        nn.functional.cross_entropy(net(x + delta), y).backward()
+        assert delta.grad is not None
+        moved = (delta.detach() + 1.25 * eps * delta.grad.sign()).clamp(-eps, eps).clamp(-x, 1 - x)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x + moved), y).backward()
+        optimizer.step()
+
+    return step
 
 
 def gradient_cosine(model: PixelModel, method, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
@@ -152,12 +184,19 @@ def main() -> None:
     model.to(device)
     chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[: args.batch].tolist()
     x, y = (t.to(device) for t in data.train.batch(chosen))
-    methods = [FastAt(), PgdAt(steps=args.steps), Trades(steps=args.steps), Wasserstein(steps=args.steps)]
+    k = args.steps
+    methods = {
+        "fast-at": FastAt(), "fast-at grad_align": FastAt(grad_align=0.2), "free-at": FreeAt(replays=1), "gaat": Gaat(),
+        "gaat exact": Gaat(gradient="exact"), "pgd-at": PgdAt(steps=k), "pgd-at awp": PgdAt(steps=k), "mart": Mart(steps=k),
+        "multi-norm": MultiNorm(steps=k), "trades": Trades(steps=k), "wasserstein": Wasserstein(steps=k),
+    }  # fmt: skip
     todo: dict[str, Callable[[], object]] = passes(model, x, y)
-    for method in methods:
-        for precision in ("no", "bf16"):
-            setup = setup_for(model, method, precision, args.batch)
-            todo[f"{method.name} {precision}"] = lambda setup=setup: take_step(setup, iter([(x, y)]), 0)
+    todo["as published"] = as_published(model, x, y)
+    for label, method in methods.items():
+        twice = getattr(method, "second_derivatives", False)  # not in half precision
+        for precision in ("no",) if twice else ("no", "bf16"):
+            setup = setup_for(model, method, precision, args.batch, 0.005 if label.endswith("awp") else None)
+            todo[f"{label} {precision}"] = lambda setup=setup: take_step(setup, iter([(x, y)]), 0)
     times: dict[str, list[float]] = {name: [] for name in todo}
     for round_ in range(args.rounds + 1):
         for name, work in todo.items():
@@ -169,20 +208,20 @@ def main() -> None:
         print(f"round {round_} of {args.rounds}", file=sys.stderr, flush=True)
     median = {name: statistics.median(values) for name, values in times.items()}
     rows = []
-    for method in methods:
-        low = floor(method.name, args.steps, median)
-        fp32, bf16 = median[f"{method.name} no"], median[f"{method.name} bf16"]
-        cosine = math.nan if args.random else gradient_cosine(model, method, (x, y))
+    for label, method in methods.items():
+        low = floor(label, args.steps, median)
+        fp32, bf16 = median[f"{label} no"], median.get(f"{label} bf16", math.nan)
+        cosine = math.nan if args.random or math.isnan(bf16) else gradient_cosine(model, method, (x, y))
         rows.append(
             {
-                "method": method.name,
+                "method": label,
                 "floor_s": low,
                 "fp32_over_floor": fp32 / low,
                 "fp32_over_bf16": fp32 / bf16,
                 "cosine": cosine,
             }
         )
-    extra = overhead(setup_for(model, methods[0], "no", args.batch), x, y, args.batch) / median["fast-at no"]
+    extra = overhead(setup_for(model, methods["fast-at"], "no", args.batch), x, y, args.batch) / median["fast-at no"]
     print(
         f"{args.model}, batch {args.batch}, K = {args.steps}, {args.rounds} rounds, {torch.get_num_threads()} threads"
     )
@@ -191,12 +230,15 @@ def main() -> None:
             median["F+Bin"] / median["F"], median["F+Bw"] / median["F"], **median
         )
     )
-    print(f"{'method':12} {'floor s':>8} {'fp32/floor':>11} {'fp32/bf16':>10} {'gradient cosine':>16}")
+    print(f"{'method':18} {'floor s':>8} {'fp32/floor':>11} {'fp32/bf16':>10} {'gradient cosine':>16}")
     for row in rows:
         print(
-            f"{row['method']:12} {row['floor_s']:8.2f} {row['fp32_over_floor']:11.3f} {row['fp32_over_bf16']:10.2f} "
+            f"{row['method']:18} {row['floor_s']:8.2f} {row['fp32_over_floor']:11.3f} {row['fp32_over_bf16']:10.2f} "
             f"{row['cosine']:16.4f}"
         )
+    published = median["as published"]
+    fp32, bf16 = (published / median[f"fast-at {precision}"] for precision in ("no", "bf16"))
+    print(f"the published fast-at step: {published:.2f} s, {fp32:.2f} times ours in fp32, {bf16:.2f} times ours in bf16")
     print(f"data, augmentation and log: {100 * extra:.2f} % of a fast-at step")
     compiled = compiled_gain(model, x, y, args.rounds) if args.compile else None
     if compiled:
@@ -207,6 +249,7 @@ def main() -> None:
             "environment": environment(str(device)),
             "seconds": times,
             "rows": rows,
+            "as_published_s": published,
             "overhead_of_fast_at": extra,
             "compiled": compiled,
         }

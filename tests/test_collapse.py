@@ -1,0 +1,75 @@
+"""Catastrophic overfitting, provoked: found, rolled back, and healed by a remedy."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from helpers import toy_data
+from torch import nn
+
+from robustify import layers
+from robustify.data import from_tensors
+from robustify.distributed import make_accelerator
+from robustify.evaluation import evaluate
+from robustify.events import Collapsed, EpochEnd
+from robustify.methods import Gaat
+from robustify.pixels import PixelModel
+from robustify.recipe import TrainSettings
+from robustify.step import prepare
+from robustify.threat import ThreatModel
+from robustify.train import follow, train
+
+THREAT = ThreatModel("Linf", 0.2)
+
+
+class Waves(nn.Module):
+    """A linear classifier of the pixels and of waves of them. A single step of eps is three quarters of a period, so where it
+    follows the slope uphill it lands in a trough: the waves learn to make one-step attacks look harmless, and fall to
+    those of several steps. They count for a quarter, so that the pixels are learned first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.pixels, self.waves = nn.Linear(192, 4), nn.Linear(192, 4, bias=False)
+        nn.init.zeros_(self.waves.weight)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.pixels(x) + self.waves(torch.sin(1.5 * math.pi / THREAT.eps * x)) / 4
+
+
+def fitted(folder, on_collapse):
+    model = PixelModel(Waves())
+    plain = {"lr": 0.03, "weight_decay": 0, "schedule": "constant", "init": "reinit"}
+    settings = TrainSettings(epochs=4, batch_size=32, probe_images=128, on_collapse=on_collapse, **plain)
+    layers.select(model.net, "full", [])
+    data = from_tensors(toy_data(256), toy_data(128, seed=1), toy_data(64, seed=2))
+    setup = prepare(model, Gaat(h=1), THREAT, settings, make_accelerator(), "none", 256)
+    events = []
+    folder.mkdir()
+    outcome = follow(train(setup, data, folder), events.append)
+    attack = "pgd:steps=50,restarts=2"
+    robust = evaluate(model, data.test, ["clean", attack], THREAT).rows[1].accuracy
+    return outcome, [e for e in events if isinstance(e, Collapsed)], [e for e in events if isinstance(e, EpochEnd)], robust
+
+
+def test_one_step_training_collapses_is_found_and_a_remedy_heals_it(tmp_path):
+    """FGSM without a random start against large eps. Without a remedy the run ends, with the best epoch's weights; with PGD-2
+    it goes on from them and ends more robust than it ever was."""
+    ended, (collapse,), epochs, left = fitted(tmp_path / "stop", "stop")
+    assert ended.collapsed
+    assert collapse.one_step
+    assert collapse.remedy == "stop"
+    assert len(epochs) - 1 == collapse.epoch == 3
+    assert epochs[3].robust < 0.25 < 0.4 < epochs[1].robust == ended.best
+    assert epochs[3].clean > 0.95  # nothing but the attack shows it
+    assert epochs[3].extra["gradient_alignment"] < 0.1
+    healed, (collapse,), epochs, robust = fitted(tmp_path / "pgd-2", None)
+    assert (collapse.epoch, collapse.best_epoch, collapse.remedy, healed.remedies) == (3, 1, "pgd-2", ("pgd-2",))
+    assert not healed.collapsed
+    assert healed.best_epoch == 4
+    assert healed.best > 0.75
+    assert robust > left + 0.2
+    assert epochs[4].extra["gradient_alignment"] > 0.2
