@@ -14,7 +14,7 @@ and must get the same logits, bit for bit. A row of `rows.jsonl` is one model:
     same       loads as above; its modules, names and shapes are those of a model that passed, so the rest was not repeated
     refused    robustify said in one sentence why not
     failed     anything else, with the stage and the reason
-    not run    too large for this machine
+    not run    too large for this machine, see --largest
 
 The order is one architecture of each of timm's families, then the others; among them, every fourth, RobustBench's entries.
 """
@@ -164,8 +164,9 @@ def _stages(row: dict[str, Any], machine: Machine) -> None:
     machine.sides[row["family"]] = side
     checkpoint = small
     x = torch.rand(2, *checkpoint.input_size, generator=torch.Generator().manual_seed(0))
-    y = torch.tensor([0, 1])
     model = checkpoint.model
+    with borrowed(model), torch.no_grad():
+        y = model(x).argmin(1)  # a network of random weights may be very sure of itself; here it is wrong
     row["classifier"] = classifier = find_classifier(model.net, (x - model.mean) / model.std)
     told = getattr(model.net, "default_cfg", None) or {}
     if isinstance(told, dict) and source.startswith("timm:") and told.get("classifier"):
@@ -332,11 +333,11 @@ def _step(checkpoint: Any, layers_: str, classifier: list[str], x: Any, y: Any, 
     from robustify.methods import Wasserstein
     from robustify.recipe import TrainSettings
     from robustify.threat import ThreatModel
-    from robustify.train import prepare, set_train_mode, take_step
+    from robustify.step import prepare, set_train_mode, take_step
 
     net = checkpoint.model.net
     chosen = set(layers.select(net, layers_, classifier).names)
-    before = {name: _sum(value) for name, value in net.state_dict().items()}
+    before = {name: _some(value) for name, value in net.state_dict().items()}
     method, settings = Wasserstein(steps=1), TrainSettings(layers=layers_, **STEP_SETTINGS)
     threat = ThreatModel.parse("W2-Linf:8/255")
     setup = prepare(checkpoint.model, method, threat, settings, machine.accelerator, "none", 64)
@@ -348,7 +349,7 @@ def _step(checkpoint: Any, layers_: str, classifier: list[str], x: Any, y: Any, 
     checkpoint.model.eval().requires_grad_(True)
     if not losses["total"] == losses["total"] or abs(losses["total"]) == float("inf"):
         raise AssertionError(f"the loss is {losses['total']}")
-    moved = {name for name, value in net.state_dict().items() if _sum(value) != before[name]}
+    moved = {name for name, value in net.state_dict().items() if not torch.equal(_some(value), before[name])}
     if layers_ == "last" and moved - chosen:
         raise AssertionError(f"the last-layer step moved {sorted(moved - chosen)[:3]}")
     weights = {name for name, _ in net.named_parameters()}
@@ -359,9 +360,9 @@ def _step(checkpoint: Any, layers_: str, classifier: list[str], x: Any, y: Any, 
     return round(losses["total"], 4)
 
 
-def _sum(value: torch.Tensor) -> tuple[float, float]:
-    value = value.detach().double() if value.numel() < 1000 else value.detach().float()
-    return float(value.sum()), float(value.abs().sum())
+def _some(value: torch.Tensor) -> torch.Tensor:
+    """A copy of 4096 numbers of a tensor, or of all."""
+    return value.detach().flatten()[:: max(1, value.numel() // 4096)].clone()
 
 
 # ----------------------------------------------------------------------------------------- the process that reads back
@@ -447,8 +448,11 @@ def machine(largest: int, folder: Path | None = None) -> Iterator[Machine]:
 
     robustbench.unlisted()  # imports it
     torch.set_num_threads(1)
+    before = (constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE)
     with tempfile.TemporaryDirectory(dir=folder, prefix="sweep-") as scratch:
-        os.environ |= {"HF_HUB_OFFLINE": "1", "TORCH_HOME": f"{scratch}/torch"}
+        surroundings = {"HF_HUB_OFFLINE": "1", "TORCH_HOME": f"{scratch}/torch"}
+        was = {key: os.environ.get(key) for key in surroundings}
+        os.environ |= surroundings
         constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE = True, f"{scratch}/hub"
         reader = Reader()
         try:
@@ -458,6 +462,11 @@ def machine(largest: int, folder: Path | None = None) -> Iterator[Machine]:
                 yield Machine(Path(scratch), largest, reader, make_accelerator())
         finally:
             reader.close()
+            gc.unfreeze()
+            constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE = before
+            for key, value in was.items():
+                os.environ.pop(key, None)
+                os.environ |= {key: value} if value is not None else {}
 
 
 @contextlib.contextmanager
@@ -481,11 +490,13 @@ def quick_initialisation() -> Iterator[None]:
             rest, start = rest[len(part) :], 0
         return tensor.mul_(scale).add_(mean)
 
+    @torch.no_grad()
     def normal(tensor: torch.Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0, **more: Any):
         if tensor.numel() < 10_000 or not tensor.is_contiguous():
             return real[0](tensor, mean, std)
         return fill(tensor, pool, mean, std)
 
+    @torch.no_grad()
     def uniform(tensor: torch.Tensor, low: float = 0.0, high: float = 1.0, **more: Any):
         if tensor.numel() < 10_000 or not tensor.is_contiguous():
             return real[1](tensor, low, high)
@@ -504,6 +515,52 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     """Return the last row of every model."""
     lines = path.read_text().splitlines() if path.exists() else []
     return {row["name"]: row for row in map(json.loads, lines)}
+
+
+COUNTED = ("passed", "same", "refused", "failed", "not run", "not reached")
+
+
+def table(rows: dict[str, dict[str, Any]], every: list[dict[str, Any]], command: str) -> str:
+    """Return the page about the outcomes: how many of which, and each that neither passed nor was the same."""
+    import timm
+
+    def outcome(entry: dict[str, Any]) -> str:
+        return rows.get(entry["name"], {}).get("outcome", "not reached")
+
+    def line(name: str, entries: list[dict[str, Any]]) -> str:
+        counts = collections.Counter(map(outcome, entries))
+        tried = sum(counts[o] for o in ("passed", "same", "refused", "failed"))
+        good = counts["passed"] + counts["same"]
+        share = f"{100 * good / tried:.1f} %" if tried else ""
+        return f"| {name} | {len(entries)} | {tried} | {' | '.join(str(counts[o]) for o in COUNTED)} | {share} |"
+
+    parts = {p: [e for e in every if e["name"].startswith(p)] for p in ("robustbench", "timm")}
+    families: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+    for entry in parts["timm"]:
+        families[entry["family"].removeprefix("timm ")].append(entry)
+    head = "| | there are | tried | " + " | ".join(COUNTED) + " | passed or same, of those tried |"
+    versions = f"timm {timm.__version__}, torch {torch.__version__}"
+    about = (__doc__ or "").split("For every entry")[1].split("The order is")[0]
+    reached = [name for name, entries in families.items() if any(outcome(e) in ("passed", "same") for e in entries)]
+    others = [e for e in every if outcome(e) in ("refused", "failed")]
+    lines = [
+        "# Coverage: what comes in, trains, goes out and comes back", "", f"    {command}", "",
+        f"With {versions}. For every entry{about.rstrip()}", "",
+        head, "|---" * (len(COUNTED) + 4) + "|", line("RobustBench", parts["robustbench"]), line("timm", parts["timm"]), "",
+        f"Of timm's {len(families)} families, {len(reached)} have a member that passed.", "",
+        "## Refused and failed", "", "| model | outcome | stage | reason |", "|---|---|---|---|",
+        *(
+            f"| `{e['name']}` | {outcome(e)} | {rows[e['name']]['stage']} | {_cell(rows[e['name']]['reason'])} |"
+            for e in sorted(others, key=lambda e: e["name"])
+        ),
+        "", "## timm's families", "", head.replace("| |", "| family |", 1), "|---" * (len(COUNTED) + 4) + "|",
+        *(line(name, entries) for name, entries in sorted(families.items())), "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/").replace("\n", " ")[:200]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -544,12 +601,16 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float, metavar="MINUTES")
     parser.add_argument("--largest", type=int, default=350_000_000, metavar="N", help="weights a network may have")
     parser.add_argument("--scratch", type=Path, help="folder for temporary files")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="only write the page about the rows there are")
     parser.add_argument("--read-back", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.read_back:
         read_back()
     elif args.out is None:
         parser.error("--out is needed")
+    elif args.table:
+        page = table(read_rows(args.out), every_model(), f"python benchmarks/sweep_models.py --out {args.out.name}")
+        args.table.write_text(page)
     else:
         run(args)
 

@@ -56,7 +56,7 @@ def load_inputs(recipe: Recipe, listener: Listener) -> tuple[Checkpoint, Data]:
     if data.num_classes != checkpoint.num_classes:
         raise UserError(
             f"{checkpoint.base_id} has {checkpoint.num_classes} classes, {d.name} has {data.num_classes}",
-            f"take data of the same classes, or replace a timm model's classifier: --set model.num_classes={data.num_classes}",
+            f"take data of the same classes, or put a new classifier in: --num-classes {data.num_classes}",
         )
     if len(data.train) < recipe.train.batch_size:
         raise UserError(

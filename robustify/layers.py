@@ -68,9 +68,10 @@ def find_classifier(net: nn.Module, x: Tensor) -> list[str]:
 
 @torch.no_grad()
 def replace_classifier(net: nn.Module, input_size: Sequence[int], num_classes: int) -> None:
-    """Put a new, random last layer for `num_classes` in, found by structure. Raises UserError where that cannot be done.
+    """Put a new, random last layer for `num_classes` in, found by structure, and leave the network in eval mode.
 
-    input_size: (channels, height, width) of images the network takes. timm's networks do it themselves.
+    input_size: (channels, height, width) of images the network takes. timm's networks do it themselves. Raises UserError
+    where it cannot be done.
     """
     reset = getattr(net, "reset_classifier", None)
     if reset is not None:
@@ -89,12 +90,14 @@ def replace_classifier(net: nn.Module, input_size: Sequence[int], num_classes: i
             raise UserError(f"the last layer of {type(net).__name__}, {name}, cannot be replaced", "take data of its classes")
         parent, _, last = name.rpartition(".")
         setattr(net.get_submodule(parent), last, new.to(old.weight.device))  # pyright: ignore[reportArgumentType]
-    was_training = net.training
-    shape = tuple(net.eval()(x).shape)
-    net.train(was_training)
+    refused = f"{type(net).__name__} cannot be given {num_classes} classes"
+    hint = "take data of its classes, or another model"
+    try:
+        shape = tuple(net.eval()(x).shape)
+    except RuntimeError as error:
+        raise UserError(f"{refused}: something after its last layer counts on their number: {error}", hint) from error
     if shape != (len(x), num_classes):
-        hint = "take data of its classes, or another model"
-        raise UserError(f"{type(net).__name__} cannot be given {num_classes} classes: its logits have {shape[1:]}", hint)
+        raise UserError(f"{refused}: its logits have {shape[1:]}", hint)
 
 
 def _pooled(out: Tensor, classes: int) -> Tensor | None:

@@ -230,17 +230,23 @@ class Recipe(Settings):
 
 @dataclass(frozen=True)
 class Resolved:
-    """A recipe and where each of its values came from: `recipe`, `command line` or `default`."""
+    """A recipe and where each of its values came from: `recipe`, `command line`, `default`, or the run of its model."""
 
     recipe: Recipe
     origins: Origins
 
 
-def resolve(name: str | None = None, flags: Mapping[str, Any] | None = None, settings: Sequence[str] = ()) -> Resolved:
+def resolve(
+    name: str | None = None,
+    flags: Mapping[str, Any] | None = None,
+    settings: Sequence[str] = (),
+    run: Recipe | None = None,
+) -> Resolved:
     """Read a recipe and lay the command line over it.
 
     name: file or name of a recipe, or None. flags: dotted keys and values, `None` meaning not given. settings: `key=value`
-    texts. Later ones win. Raises one UserError that lists every mistake.
+    texts. Later ones win. run: the recipe that the model came from; without a recipe here its data, threat and method are
+    kept where nothing else is said. Raises one UserError that lists every mistake.
     """
     values: dict[str, Any] = {}
     origins: Origins = {}
@@ -261,6 +267,12 @@ def resolve(name: str | None = None, flags: Mapping[str, Any] | None = None, set
         if not equals:
             raise UserError(f"--set {text!r} is not of the form key=value", "for instance --set method.beta=3")
         given[key.strip()] = _read(value)
+    if run is not None and not name:
+        kept = run.to_dict()
+        values = {"threat": kept["threat"], "method": {"name": kept["method"]["name"]}}
+        if given.get("data.name") in (None, run.data.name):
+            values["data"] = kept["data"]
+        origins = dict.fromkeys(_leaves(values), "the model's run")
     _follow_method(values, given)
     for key, value in given.items():
         _put(values, key, value)

@@ -69,6 +69,27 @@ def test_the_wrapped_model_too():
     assert layers.find_classifier(Outer(), X) == ["model.6"]
 
 
+@pytest.mark.parametrize(
+    "net",
+    [tiny_net(), Distilled(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1, bias=False), nn.Flatten())],
+    ids=["linear", "distilled", "convolution"],
+)
+def test_a_new_classifier_by_structure(net):
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    classifier = layers.find_classifier(net, X)
+    layers.replace_classifier(net.eval(), (3, 8, 8), 7)
+    assert net(X).shape == (2, 7)
+    assert layers.find_classifier(net, X) == classifier
+    heads = tuple(f"{name}." for name in classifier)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items() if not name.startswith(heads))
+
+
+def test_a_classifier_that_others_build_on_is_not_replaced():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4, affine=False))
+    with pytest.raises(UserError, match="cannot be given 7 classes"):
+        layers.replace_classifier(net.eval(), (3, 8, 8), 7)
+
+
 def test_no_linear_layer_is_refused_with_what_to_do():
     with pytest.raises(UserError, match="--layers"):
         layers.find_classifier(NoLinear(), X)

@@ -24,6 +24,18 @@ def test_flags_win_over_the_recipe_and_origins_are_told(tmp_path):
     assert resolved.origins["train.momentum"] == "default"
 
 
+def test_data_threat_and_method_of_the_models_run_stand_where_nothing_else_is_said():
+    run = build({"model": "a", "data": {"name": "digits", "limit": 300}, "threat": "Linf:0.1", "method": "trades"})
+    same = resolve(None, {"model.source": "runs/a"}, run=run)
+    assert (same.recipe.data, same.recipe.threat, same.recipe.method.name) == (run.data, run.threat, "trades")
+    assert same.recipe.model.source == "runs/a"
+    assert same.origins["data.limit"] == same.origins["threat"] == "the model's run"
+    other = resolve(None, {"model.source": "runs/a", "method.name": "wasserstein"}, run=run).recipe
+    assert (other.threat.spec, other.data.name) == ("W2-Linf:0.1", "digits")
+    moved = resolve(None, {"model.source": "runs/a", "data.name": "cifar10"}, run=run).recipe
+    assert (moved.data.name, moved.data.limit, moved.threat.spec) == ("cifar10", None, "Linf:0.1")
+
+
 def test_a_recipe_survives_yaml_and_its_digest_sees_every_change():
     recipe = resolve(None, {"model.source": "a", "threat": "W2-Linf:8/255"}).recipe
     again = build(yaml.safe_load(recipe.to_yaml()))

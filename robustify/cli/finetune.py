@@ -13,7 +13,7 @@ import typer
 from typer import Option
 
 from robustify import console
-from robustify.cli import options
+from robustify.cli import evaluate, options
 from robustify.intervals import percent
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def run(
     robustify finetune quickstart
     robustify finetune --model Zhang2019 --data cifar10 --threat W2-Linf:8/255
     robustify finetune --model resnet18 --data folder:pets --num-classes 37
+    robustify finetune --model runs/mine --layers last   # the run's data, threat and method, unless others are named
     """
     with console.status("loading torch"):
         from robustify import pipeline
@@ -99,7 +100,7 @@ def run(
         "train.seed": seed,
         "train.tracker": tracker,
     }
-    resolved = resolve(recipe, flags, settings or ())
+    resolved = resolve(recipe, flags, settings or (), evaluate.recipe_of(model) if model else None)
     arguments = options.typed(context)
     if dry_run:
         with console.Watch() as watch:
@@ -136,7 +137,9 @@ def _ends_explained(again: str) -> Iterator[None]:
 
 def default_name(source: str, method: str) -> str:
     """Return the run's folder name: the source's last part without prefix, then the method."""
-    parts = [part for part in re.split(r"[/\\:]", source) if part not in ("", ".", "..", "model")]
+    from robustify.sources.options import split
+
+    parts = [part for part in re.split(r"[/\\:]", split(source)[0]) if part not in ("", ".", "..", "model")]
     return re.sub(r"[^\w.-]+", "-", f"{parts[-1] if parts else 'model'}-{method}").strip("-.")
 
 

@@ -34,7 +34,7 @@ class What(StrEnum):
 
 def run(
     what: Annotated[What, typer.Argument(metavar="WHAT", help="models, methods, adversaries, attacks, recipes or data.")],
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="Part of the name; timm:PART for timm's models.")] = "",
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="Part of the name; timm:PART, torchvision:PART.")] = "",
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Models of this data set only.")] = None,
     threat: Annotated[
         str | None, typer.Option(metavar="NORM", help="Models against this threat only: Linf, L2, corruptions.")
@@ -86,6 +86,7 @@ def _models(query: str, dataset: str | None, threat: str | None, models_dir: Pat
                 "data": info.dataset,
                 "threat": info.threat,
                 "architecture": info.architecture,
+                "parameters": info.parameters,
                 "published_clean": info.clean_acc,
                 "published_robust": info.robust_acc,
                 "extra_data": info.additional_data,

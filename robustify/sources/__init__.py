@@ -41,7 +41,8 @@ DIGITS = "digits"
 class ModelInfo:
     """A line of `robustify ls models`. Accuracies as published, in per cent; None when unknown.
 
-    robust_acc: of AutoAttack, or on the corrupted pictures for the threat `corruptions`. file: the weights, if here.
+    parameters: how many weights it has; None where only building it would tell. robust_acc: of AutoAttack, or on the
+    corrupted pictures for the threat `corruptions`. file: the weights, if here.
     """
 
     id: str
@@ -49,6 +50,7 @@ class ModelInfo:
     dataset: str | None = None
     threat: str | None = None
     architecture: str | None = None
+    parameters: int | None = None
     clean_acc: float | None = None
     robust_acc: float | None = None
     additional_data: bool | None = None
@@ -174,7 +176,7 @@ def names(
             robust = row.get("autoattack_acc", row.get("corruptions_acc"))
             found.append(ModelInfo(
                 id=row["id"], source="robustbench", dataset=row["dataset"], threat=row["threat"],
-                architecture=row["architecture"], clean_acc=float(row["clean_acc"]),
+                architecture=row["architecture"], parameters=row.get("parameters"), clean_acc=float(row["clean_acc"]),
                 robust_acc=None if robust is None else float(robust), additional_data=row["additional_data"],
                 file=robustbench.file(row, models_dir),
             ))

@@ -40,7 +40,8 @@ def _library() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise UserError(f"this model needs the package transformers: {error}", "pip install transformers") from error
+        hint = "pip install 'robustify[transformers]'"
+        raise UserError(f"this model needs the package transformers: {error}", hint) from error
     return transformers
 
 

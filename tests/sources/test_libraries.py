@@ -142,4 +142,4 @@ def test_without_transformers_one_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(UserError, match="needs the package transformers") as error:
         sources.load(str(tmp_path))
-    assert error.value.hint == "pip install transformers"
+    assert error.value.hint == "pip install 'robustify[transformers]'"

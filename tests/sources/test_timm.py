@@ -1,6 +1,7 @@
 """timm's models, their files served from a cache of the hub that the test fills."""
 from __future__ import annotations
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -71,6 +72,47 @@ def test_hub_folder(tmp_path):
     write_folder(folder, "test_vit", 5, {"input_size": [3, 160, 160], "license": "apache-2.0"})
     checkpoint = sources.load("hf-hub:someone/net")
     assert (checkpoint.base_id, checkpoint.num_classes, checkpoint.license) == ("someone/net", 5, "apache-2.0")
+
+
+@pytest.mark.parametrize(("raised", "said", "hint"), [
+    ("RepositoryNotFoundError", "there is no folder someone/net on the Hugging Face hub, or it is private", "hf auth login"),
+    ("GatedRepoError", "asks its readers to accept its terms", "https://huggingface.co/someone/net"),
+    ("RevisionNotFoundError", "someone/net has no revision v9", "commits"),
+    ("EntryNotFoundError", "has no config.json", "tree/main"),
+    ("LocalEntryNotFoundError", "is not on this machine and could not be fetched", "hf download someone/net"),
+])
+def test_what_the_hub_answers(monkeypatch, raised, said, hint):
+    def refuse(local_files_only=False, **_):
+        kind = getattr(huggingface_hub.errors, "LocalEntryNotFoundError" if local_files_only else raised)
+        error = kind.__new__(kind)
+        error.args = ("404 for https://huggingface.co/someone/net",)
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with pytest.raises(UserError, match=said) as error:
+        sources.load("hf-hub:someone/net@v9")
+    assert hint in error.value.hint
+
+
+def test_a_name_that_is_none_on_the_hub():
+    with pytest.raises(UserError, match="no name of a folder on the Hugging Face hub"):
+        sources.load("hf-hub:some one/net/extra")
+
+
+def test_tensors_in_any_order(tmp_path):
+    """timm 1.0.9 reads LeViT's by their order, safetensors sorts them by name; none may be lost."""
+    name = "levit_128s.fb_dist_in1k"
+    net = timm.create_model(name, pretrained=False).eval()
+    folder = hub_folder(tmp_path, f"timm/{name}")
+    folder.mkdir(parents=True)
+    save_file({key: value.contiguous() for key, value in net.state_dict().items()}, folder / "model.safetensors")
+    checkpoint = sources.load(name)
+    found, published = checkpoint.model.net.state_dict(), net.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in published.items())
+    other = sources.load(name, num_classes=7)
+    assert other.model(torch.rand(1, *other.input_size)).shape == (1, 7)
+    assert torch.equal(other.model.net.stem.conv1.linear.weight, net.stem.conv1.linear.weight)
 
 
 @pytest.mark.parametrize(("source", "said"), [

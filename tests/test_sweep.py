@@ -1,0 +1,59 @@
+"""A sample of benchmarks/sweep_models.py: each kind of model there is, from its published file to another process."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).parents[1] / "benchmarks" / "sweep_models.py"
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    spec = importlib.util.spec_from_file_location("sweep_models", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sweep_models"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["sweep_models"]
+
+
+@pytest.fixture(scope="module")
+def machine(sweep, tmp_path_factory):
+    with sweep.machine(50_000_000, tmp_path_factory.mktemp("sweep")) as here:
+        yield here
+
+
+@pytest.mark.parametrize(
+    ("name", "classifier"),
+    [
+        ("timm:deit_tiny_distilled_patch16_224", ["head", "head_dist"]),  # two heads, images of a fixed size
+        ("timm:levit_128s", ["head.linear", "head_dist.linear"]),  # keeps in eval mode what it computed from its weights
+        ("timm:mobilenetv3_small_050", ["classifier"]),
+        ("robustbench:cifar10/Linf/Sehwag2021Proxy_R18", ["linear"]),
+    ],
+)
+def test_a_sample(sweep, machine, name, classifier):
+    row = sweep.sweep({"name": name, "family": name}, machine)
+    assert row["outcome"] == "passed", f"{row['stage']}: {row.get('reason')}"
+    assert row["classifier"] == classifier
+    assert row["weights"]
+    again = sweep.sweep({"name": name, "family": name}, machine)
+    assert again["outcome"] == "same"
+    assert name in again["reason"]
+
+
+def test_the_list_and_the_page(sweep):
+    every = sweep.every_model()
+    assert len({entry["name"] for entry in every}) == len(every) > 1300
+    assert sum(entry["name"].startswith("robustbench:") for entry in every) == 206
+    first, second = every[0]["name"], every[1]["name"]
+    rows = {first: {"outcome": "passed"}, second: {"outcome": "failed", "stage": "load", "reason": "a | b"}}
+    page = sweep.table(rows, every, "python benchmarks/sweep_models.py")
+    assert f"| `{second}` | failed | load | a / b |" in page
+    assert page.count(" not reached |") == 2
