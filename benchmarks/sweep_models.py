@@ -332,8 +332,8 @@ def _step(checkpoint: Any, layers_: str, classifier: list[str], x: Any, y: Any, 
     from robustify import layers
     from robustify.methods import Wasserstein
     from robustify.recipe import TrainSettings
-    from robustify.threat import ThreatModel
     from robustify.step import prepare, set_train_mode, take_step
+    from robustify.threat import ThreatModel
 
     net = checkpoint.model.net
     chosen = set(layers.select(net, layers_, classifier).names)

@@ -51,7 +51,7 @@ def test_models_are_filtered(robustify, tmp_path):
     found = json.loads(robustify("ls", "models", "Zhang2019You", "--models-dir", tmp_path, "--json").out)
     assert found[0]["file_here"]
     assert found[0]["published_robust"] == 44.83
-    assert found[0]["parameters"] == 46160474
+    assert found[0]["parameters"] == 48_262_586
 
 
 def test_nothing_found_says_how_to_see_all(robustify):
