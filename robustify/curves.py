@@ -42,19 +42,16 @@ def _pointwise(report: Report, norm: Norm, radii: np.ndarray) -> list[Line]:
         (threat for threat in map(ThreatModel.parse, report.threats) if (threat.norm, threat.p) == (norm, None)),
         key=lambda threat: threat.eps,
     )
-    found = [report.headline(threat.spec) for threat in several]
-    clean = [report.clean] if report.clean else []
-    at = [0.0] * len(clean) + [threat.eps for threat in several]
-    known = [*clean, *found]
-    name = _name(report)
-    lines = (
-        [Line(name, "worst case", at, [one.accuracy for one in known], [one.interval for one in known])]
-        if found
-        else []
-    )
+    lines = []
+    if several:
+        clean = [report.clean] if report.clean else []
+        known = [*clean, *(report.headline(threat.spec) for threat in several)]
+        at = [0.0] * len(clean) + [threat.eps for threat in several]
+        shares, intervals = [one.accuracy for one in known], [one.interval for one in known]
+        lines.append(Line(_name(report), "worst case", at, shares, intervals))
     d = _flips(report, norm)
     if d is not None:
-        lines.append(Line(name, "nearest flips", radii, (d > radii[:, None]).mean(1)))
+        lines.append(Line(_name(report), "nearest flips", radii, (d > radii[:, None]).mean(1)))
     return lines
 
 
