@@ -17,7 +17,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     on_gpu = torch.device(device).type == "cuda"
     name = torch.cuda.get_device_name(torch.device(device)) if on_gpu else _processor()
     place = {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    return {"python": platform.python_version(), **versions, **place, "platform": platform.platform()}
+    return {"python": platform.python_version(), **versions, **place, "platform": f"{platform.system()} {platform.machine()}"}
 
 
 def version_of(package: str) -> str:

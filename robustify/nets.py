@@ -1,4 +1,4 @@
-"""The digits network: small enough to harden on any machine in a minute."""
+"""Small networks that timm does not have: one for digits, one for CIFAR-10."""
 from __future__ import annotations
 
 from typing import Any
@@ -57,4 +57,50 @@ def _block(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...]:
 default_cfg: dict[str, Any] = {
     "input_size": (1, 8, 8), "num_classes": 10, "mean": (0.0,), "std": (1.0,), "crop_pct": 1.0,
     "interpolation": "bilinear", "pool_size": (4, 4), "first_conv": "features.0", "classifier": "fc",
+}
+
+
+class ResNet2B2(nn.Sequential):
+    """resnet_2b2 of Ferrari et al. (MN-BaB, ICLR 2022): two residual blocks, two linear layers; [N, 3, 32, 32] to logits.
+
+    180 thousand weights. The tensors are named as in github.com/eth-sri/mn-bab, whose networks load into it.
+    """
+
+    num_features = head_hidden_size = 100
+
+    def __init__(self, num_classes: int = 10, in_chans: int = 3, global_pool: str | None = None) -> None:
+        stem = nn.Conv2d(in_chans, 16, 3, stride=2, padding=1, bias=False)
+        blocks = [nn.Sequential(_Residual(16, 32), nn.ReLU()), nn.Sequential(_Residual(32, 64), nn.ReLU())]
+        head = [nn.Flatten(), nn.Linear(64 * 4 * 4, self.num_features), nn.ReLU(), nn.Linear(self.num_features, num_classes)]
+        super().__init__(stem, nn.BatchNorm2d(16), nn.ReLU(), *blocks, *head)
+        self.num_classes = num_classes
+        self.default_cfg: dict[str, Any] = resnet2b2_cfg
+
+    def get_classifier(self) -> nn.Module:
+        """Return the last linear layer."""
+        return self[8]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new, random last layer for `num_classes` in place."""
+        self.num_classes = num_classes
+        self[8] = nn.Linear(self.num_features, num_classes).to(self[6].weight.device)
+
+
+class _Residual(nn.Module):
+    """The sum of a strided 1x1 convolution and two 3x3 convolutions, each with BatchNorm."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        short = nn.Conv2d(inputs, outputs, 1, stride=2, bias=False)
+        last = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.path_a = nn.Sequential(nn.Identity(), short, nn.BatchNorm2d(outputs))
+        self.path_b = nn.Sequential(*_block(inputs, outputs, stride=2), last, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.path_a(x) + self.path_b(x)
+
+
+resnet2b2_cfg: dict[str, Any] = {
+    "input_size": (3, 32, 32), "num_classes": 10, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2471, 0.2435, 0.2616),
+    "crop_pct": 1.0, "interpolation": "bilinear", "fixed_input_size": True, "first_conv": "0", "classifier": "8",
 }

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # torch takes seconds too
     from torch import nn
 
-DIGITS = "robustify_digits_cnn"
+DIGITS, RESNET2B2 = "robustify_digits_cnn", "robustify_resnet2b2"
 # timm looks up a registered function's description in this variable of the function's module
 default_cfgs: dict[str, dict[str, Any]] = {}
 
@@ -30,11 +30,12 @@ def install() -> None:
 
 
 def register() -> None:
-    """Register the digits network, RobustBench's architectures with published weights, and those of other libraries."""
-    from robustify.nets import DigitsCNN, default_cfg
+    """Register our own networks, RobustBench's architectures with published weights, and those of other libraries."""
+    from robustify.nets import DigitsCNN, ResNet2B2, default_cfg, resnet2b2_cfg
     from robustify.sources import published
 
     _add(DIGITS, DigitsCNN, default_cfg)
+    _add(RESNET2B2, ResNet2B2, resnet2b2_cfg)
     register_robustbench(published.rows())
     _register_torchvision()
     _register_transformers()

@@ -13,7 +13,7 @@ import torch
 from packaging.version import Version
 from safetensors.torch import save_file
 
-from robustify import registry
+from robustify import registry, sources
 from robustify.errors import UserError
 from robustify.nets import DigitsCNN
 
@@ -78,3 +78,33 @@ def test_exported_folders_reload_with_timm(tmp_path, arch, size):
         again.append(timm.create_model(f"local-dir:{tmp_path}", pretrained=True))
     for model in again:
         assert torch.equal(model.eval()(x), net(x))
+
+
+def test_resnet2b2_by_hand():
+    net = timm.create_model("robustify_resnet2b2", num_classes=4)
+    assert net(torch.rand(2, 3, 32, 32)).shape == (2, 4)
+    assert sum(weight.numel() for weight in timm.create_model("robustify_resnet2b2").parameters()) == 176_854
+    net.reset_classifier(7)
+    assert net.get_classifier().out_features == 7
+    assert net(torch.rand(1, 3, 32, 32)).shape == (1, 7)
+
+
+@pytest.mark.assets
+def test_published_weights_load_into_resnet2b2(assets, tmp_path):
+    """A file of the authors' gives the logits of the network that they published it for."""
+    source = next((assets.HERE / "checkpoints").glob("*resnet2b2_sadv8.pth"))
+    model = sources.load(f"{source}:arch=robustify_resnet2b2").model
+    x, _ = assets.images()
+    with torch.no_grad():
+        assert torch.allclose(model(x[:16]), assets.model("resnet2b2_adv8")(x[:16]), atol=1e-5)
+
+
+def test_models_that_come_with_robustify():
+    """Their whole origin comes along, and they are small."""
+    assert "digits" in sources.embedded()
+    for name, folder in sources.embedded().items():
+        checkpoint = sources.load(name)
+        assert (checkpoint.base_id, checkpoint.pretrained) == (name, True)
+        assert checkpoint.license
+        assert {"README.md", "report.json", "recipe.yaml"} <= {path.name for path in folder.iterdir()}
+        assert sum(path.stat().st_size for path in folder.rglob("*")) < 5e6

@@ -1,7 +1,7 @@
 """Where models come from. `load` takes one line of text and returns a Checkpoint.
 
     PATH, local-dir:PATH         a folder in timm's layout, or a run's folder with model/ in it
-    digits                       the small network that comes with robustify
+    digits                       a small network that comes with robustify, as every folder in model_cards/ does
     NAME, robustbench:NAME       a model of RobustBench; robustbench:cifar10/Linf/NAME leaves no doubt
     NAME, timm:NAME              a model of timm, such as resnet18.a1_in1k
     hf-hub:OWNER/NAME            a folder of the Hugging Face hub, in timm's layout or that of transformers
@@ -109,8 +109,8 @@ def _resolve(
         return lambda options: robustbench.load(row, options, models_dir)
     if local.is_model(Path(source).expanduser()):
         return lambda options: local.load(Path(source), options)
-    if source == DIGITS:
-        return lambda options: local.load(_digits(), options, base_id=DIGITS)
+    if source in embedded():
+        return lambda options: local.load(embedded()[source], options, base_id=source)
     if python.is_name(source):
         return lambda options: python.load(source, options)
     found = published.find(source, dataset, threat, published.rows())
@@ -135,7 +135,7 @@ def _robustbench(
     if row is None:
         narrowed = " ".join(word for word in (dataset, threat) if word)
         message = f"no model is called {name!r}" + (f" for {narrowed}" if narrowed else "")
-        close = nearest(name, [DIGITS, *{r["id"]: 0 for r in rows if r.get("weights", True)}, *others])
+        close = nearest(name, [*embedded(), *{r["id"]: 0 for r in rows if r.get("weights", True)}, *others])
         hint = "robustify ls models lists RobustBench's; folders and timm's names do as well"
         raise UserError(f"{message}.{close}", hint)
     return row
@@ -150,10 +150,12 @@ def _no_folder(source: str) -> UserError:
     return UserError(f"there is no folder {source}", hint)
 
 
-def _digits() -> Path:
+def embedded() -> dict[str, Path]:
+    """Return the models that come with robustify, name -> folder; digits-cnn is `digits` for short."""
     from importlib.resources import files
 
-    return Path(str(files("robustify.model_cards"))) / "digits-cnn"
+    folders = sorted(Path(str(files("robustify.model_cards"))).iterdir())
+    return {DIGITS if path.name == "digits-cnn" else path.name: path for path in folders if local.is_model(path)}
 
 
 def names(
@@ -170,7 +172,11 @@ def names(
     if query.startswith("torchvision:"):
         found = [name for name in torchvision.names() if query.removeprefix("torchvision:").lower() in name]
         return [ModelInfo(id=f"torchvision:{name}", source="torchvision", architecture=name) for name in found]
-    found = [ModelInfo(id=DIGITS, source="local-dir", dataset=DIGITS, architecture="DigitsCNN", file=_digits())]
+    found = []
+    for name, folder in embedded().items():
+        config = local.read_config(folder / "config.json")
+        data, kind = name.partition("-")[0], config["architecture"]
+        found.append(ModelInfo(id=name, source="local-dir", dataset=data, architecture=kind, file=folder))
     for row in published.rows():
         if row.get("weights", True):
             robust = row.get("autoattack_acc", row.get("corruptions_acc"))
