@@ -63,7 +63,7 @@ default_cfg: dict[str, Any] = {
 class ResNet2B2(nn.Sequential):
     """resnet_2b2 of Ferrari et al. (MN-BaB, ICLR 2022): two residual blocks, two linear layers; [N, 3, 32, 32] to logits.
 
-    180 thousand weights. The tensors are named as in github.com/eth-sri/mn-bab, whose networks load into it.
+    176 thousand weights. The tensors are named as in github.com/eth-sri/mn-bab, whose networks load into it.
     """
 
     num_features = head_hidden_size = 100
@@ -102,5 +102,5 @@ class _Residual(nn.Module):
 
 resnet2b2_cfg: dict[str, Any] = {
     "input_size": (3, 32, 32), "num_classes": 10, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2471, 0.2435, 0.2616),
-    "crop_pct": 1.0, "interpolation": "bilinear", "fixed_input_size": True, "first_conv": "0", "classifier": "8",
+    "crop_pct": 1.0, "interpolation": "bilinear", "first_conv": "0", "classifier": "8",
 }
