@@ -142,6 +142,12 @@ def _pair(before: Report, after: Report) -> Comparison:
         else:
             change = now.accuracy - was.accuracy
             found.append(Difference("worst case", threat, was.accuracy, now.accuracy, change, None, None))
+    was, now = before.union(), after.union()
+    if was is not None and now is not None and was.threat == now.threat:
+        held, other = before.held_by_all(), after.held_by_all()
+        assert held is not None
+        assert other is not None
+        found.append(_of_verdicts("worst case", was.threat, held, other))
     return Comparison(before.model_id, after.model_id, n, tuple(found))
 
 

@@ -211,9 +211,10 @@ class Watch:
 
 
 def headlines(report: Report) -> str:
-    """Return the report's few numbers in one line: clean, and the worst case of each threat."""
+    """Return the report's few numbers in one line: clean, and the worst case of each threat and of several norms."""
     clean = [f"clean {percent(report.clean.accuracy)}"] if report.clean else []
     found = [report.headline(threat) for threat in report.threats]
+    found += [union] if (union := report.union()) else []
     robust = [f"{h.threat.replace(':', ' ')} {percent(h.accuracy)}" for h in found]
     return ", ".join(clean + robust)
 

@@ -173,15 +173,25 @@ class Report:
         return np.logical_and.reduce([self.verdicts[row.key][:n] for row in rows])
 
     def union(self) -> Headline | None:
-        """Return the worst case over several pointwise threats, per example: what withstands all of them; else None."""
-        held = {threat: self.held(threat) for threat in self.threats}
-        found = {threat: verdicts for threat, verdicts in held.items() if verdicts is not None}
-        if len(found) < 2:
+        """Return the worst case over all pointwise threats where they are of several norms; else None."""
+        held = self.held_by_all()
+        if held is None:
             return None
-        n = min(map(len, found.values()))
-        correct = int(np.logical_and.reduce([verdicts[:n] for verdicts in found.values()]).sum())
-        attacks = dict.fromkeys(name for threat in found for name in self.headline(threat).attacks)
-        return Headline(" and ".join(found), n, correct, tuple(attacks))
+        rows = [row for row in self.rows if row.kind == "pointwise"]
+        threat = " and ".join(dict.fromkeys(row.threat for row in rows if row.threat))
+        return Headline(threat, len(held), int(held.sum()), tuple(dict.fromkeys(row.attack for row in rows)))
+
+    def held_by_all(self) -> np.ndarray | None:
+        """Return bool [n]: which examples withstand every pointwise threat; None with one norm or without verdicts."""
+        threats = list(dict.fromkeys(row.threat for row in self.rows if row.kind == "pointwise" and row.threat))
+        if len({threat.partition(":")[0] for threat in threats}) < 2:
+            return None
+        found = [self.held(threat) for threat in threats]
+        held = [verdicts for verdicts in found if verdicts is not None]
+        if len(held) < len(found):
+            return None
+        n = min(map(len, held))
+        return np.logical_and.reduce([verdicts[:n] for verdicts in held])
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but what is per example as JSON values; derived figures are included for others."""

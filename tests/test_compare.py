@@ -118,3 +118,15 @@ def test_nothing_to_compare_is_refused():
     only_pgd = Report("c", "digits", "test", one.rows[1:2], {PGD: one.verdicts[PGD]})
     with pytest.raises(UserError, match="share no attack"):
         compare([only_clean, only_pgd])
+
+
+def test_reports_of_several_norms_are_compared_in_their_union():
+    def report(linf, l1):
+        verdicts = {"clean": np.ones(4, bool), "pgd Linf:0.1": np.array(linf, bool), "pgd L1:2": np.array(l1, bool)}
+        rows = [Row("clean", None, 4, 4, kind="clean")]
+        rows += [Row("pgd", key.split()[1], 4, int(verdicts[key].sum())) for key in list(verdicts)[1:]]
+        return Report("m", "d", "test", rows, verdicts)
+
+    (found,) = compare([report([1, 0, 0, 0], [0, 1, 0, 0]), report([1, 1, 0, 0], [1, 1, 1, 0])])
+    last = found.differences[-1]
+    assert (last.attack, last.threat, last.before, last.after) == ("worst case", "Linf:0.1 and L1:2", 0.0, 0.5)
