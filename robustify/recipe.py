@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from robustify import shelf
 from robustify.attacks import AttackSpec
 from robustify.errors import UserError, nearest
-from robustify.methods import METHODS, AnyMethod, withstood
+from robustify.methods import METHODS, AnyMethod, Gaat, withstood
 from robustify.methods.base import replays
 from robustify.methods.remedies import Remedy, next_remedy
 from robustify.schedules import OWN_START, Accelat, Kind
@@ -177,6 +177,11 @@ class Recipe(Settings):
             other = "gradient: hessian-free" if name == "gaat" else "noise: n-fgsm in place of grad_align"
             raise ValueError(
                 f"method {name} differentiates gradients again, which {t.precision} rounds away: take precision no, or {other}"
+            )
+        if isinstance(self.method, Gaat) and t.precision != "no" and self.method.h < self.method.shortest_in_half:
+            raise ValueError(
+                f"gaat's differences over h {self.method.h:g} of the step drown in {t.precision}'s rounding: "
+                f"with order {self.method.order} take h {self.method.shortest_in_half:g} or more, or precision no"
             )
         if t.on_collapse and next_remedy(self.method, t.on_collapse, ()) != t.on_collapse:
             usual = next_remedy(self.method, None, ())

@@ -107,6 +107,8 @@ def test_all_errors_at_once():
             ["method.gradient=exact"],
             "gradient: hessian-free",
         ),
+        ({"model.source": "a", "method.name": "gaat", "train.precision": "bf16"}, ["method.h=0.1"], "take h 0.25 or more"),
+        ({"model.source": "a", "method.name": "gaat", "train.precision": "bf16"}, ["method.order=2"], "take h 1 or more"),
         ({"model.source": "a", "method.name": "free-at"}, ["train.awp=0.005"], "Take awp with"),
         ({"model.source": "a", "method.name": "free-at"}, ["train.accumulate=2"], "take accumulate 1 and batch_size 64"),
         ({"model.source": "a"}, ["eval.attacks=['pgd:steps=0']"], "positive"),
