@@ -56,9 +56,11 @@ def resume(setup: Setup, more: dict[str, Part], checkpoint: Path) -> None:
             part.load_state_dict(state["parts"][name])
         everyones: list[Own] = state["own"]
         same = len(everyones) == setup.world.size
-        for name, tensor in _own(setup).items():
-            rows = [own[name] for own in everyones]
-            tensor.copy_(rows[setup.world.rank] if same else torch.stack(rows).mean(0))
+        mine = everyones[setup.world.rank] if same else _mean(everyones)
+        for name, buffer in _buffers(setup).items():
+            buffer.copy_(mine[name])
+        if setup.hook:
+            setup.hook.put_back(mine, setup.world.device)
     except (KeyError, ValueError, RuntimeError) as error:
         raise _unreadable(checkpoint, error) from None
     if setup.shadow:
@@ -78,7 +80,15 @@ def _parts(setup: Setup, more: dict[str, Part]) -> dict[str, Part]:
 
 
 def _own(setup: Setup) -> Own:
-    """What differs between processes: BatchNorm's statistics, until an epoch ends."""
+    """What differs between processes: BatchNorm's statistics, until an epoch ends, and what compression has left out."""
+    return {**_buffers(setup), **(setup.hook.own() if setup.hook else {})}
+
+
+def _mean(everyones: list[Own]) -> Own:
+    return {name: torch.stack([own[name] for own in everyones]).mean(0) for name in everyones[0]}
+
+
+def _buffers(setup: Setup) -> Own:
     models = {"model": setup.model, "ema": setup.ema and setup.ema.module}
     return {
         f"{which}.{name}": buffer

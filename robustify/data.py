@@ -35,6 +35,7 @@ class Data:
 
     class_names: None where the source has no names. input_size: (C, H, W) of every batch.
     augmentation: one of augment.KINDS, what suits the data. digest: 12 hex digits of the labels and some pixels.
+    rest: the training images that a limit left out.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Data:
     input_size: InputSize
     augmentation: str
     digest: str
+    rest: Split | None = None
 
     def to(self, device: torch.device | str) -> Data:
         """The same data with the images that are in memory moved to that device."""
@@ -84,6 +86,14 @@ def load(name: str, *, root: Path | None = None, val_fraction: float = 0.1, seed
     where = root or Path(os.environ.get("ROBUSTIFY_DATA_DIR") or Path.home() / ".cache/robustify/data")
     source = READERS[kind](kind, Path(path or where).expanduser(), input_size)
     return _assemble(source, val_fraction, seed, limit, progress)
+
+
+def images_of(name: str, root: Path | None, input_size: InputSize) -> Split:
+    """Return the training images of another data set, whatever their labels: named as for `load`. Raises UserError."""
+    kind, _, path = name.partition(":")
+    if kind in ("folder", "npz") and path:
+        return READERS[kind](kind, Path(path).expanduser(), input_size).splits["train"]
+    return load(name, root=root, input_size=input_size).train
 
 
 def from_tensors(train: Any, val: Any = None, test: Any = None, *, name: str = "tensors",
@@ -165,13 +175,15 @@ def _assemble(source: Source, val_fraction: float, seed: int, limit: int | None,
     classes = _classes(source)
     if "test" not in splits:
         splits["train"], splits["test"] = _held_out(splits["train"], source.test_fraction, TEST_SEED, source.name)
+    rest = None
     if limit is not None and limit < len(splits["train"]):
-        splits["train"] = subset(splits["train"], _sample(splits["train"].labels, limit, TEST_SEED)[0])
+        taken, left = _sample(splits["train"].labels, limit, TEST_SEED)
+        splits["train"], rest = subset(splits["train"], taken), subset(splits["train"], left)
     if "val" not in splits:
         splits["train"], splits["val"] = _held_out(splits["train"], val_fraction, seed, source.name)
     train, val, test = (_settled(splits[part], source.threads, progress) for part in ("train", "val", "test"))
     return Data(source.name, train, val, test, classes, source.class_names, train.shape, source.augmentation,
-                digest(train, val, test))
+                digest(train, val, test), rest)
 
 
 def _classes(source: Source) -> int:

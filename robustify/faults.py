@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from robustify.data import Data
 from robustify.distributed import World
+from robustify.environment import version_of
 from robustify.errors import UserError
 
 PREEMPTED, PEER_LOST = 128 + signal.SIGTERM, 3  # exit codes
@@ -77,6 +80,23 @@ def peers_watched(world: World) -> Iterator[None]:
     except BaseException as error:
         _leave_word(world, error)
         raise
+
+
+def same_everywhere(world: World, data: Data) -> None:
+    """Raise UserError when the processes do not see the same data, or run other versions than the main one."""
+    mine = {"data": data.digest, **{name: version_of(name) for name in ("robustify", "torch", "timm")}}
+    found = world.on_main(lambda: mine)
+    wrong = [f"{what} {mine[what]}, the main process's {found[what]}" for what in mine if mine[what] != found[what]]
+    if world.any(bool(wrong)):
+        where = f"process {world.rank} on {socket.gethostname()}"
+        error = UserError(
+            f"{where} has other {'; '.join(wrong)}"
+            if wrong
+            else "another process has other data or versions than this one",
+            "give every machine the same environment and the same files",
+        )
+        error.told = not wrong
+        raise error
 
 
 def _broken(error: RuntimeError) -> bool:

@@ -58,11 +58,6 @@ def load_inputs(recipe: Recipe, listener: Listener) -> tuple[Checkpoint, Data]:
             f"{checkpoint.base_id} has {checkpoint.num_classes} classes, {d.name} has {data.num_classes}",
             f"take data of the same classes, or put a new classifier in: --num-classes {data.num_classes}",
         )
-    if len(data.train) < recipe.train.batch_size:
-        raise UserError(
-            f"batch_size {recipe.train.batch_size} is larger than the {len(data.train)} training images",
-            f"--set train.batch_size={len(data.train) // 2 or 1}",
-        )
     return checkpoint, data
 
 

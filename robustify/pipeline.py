@@ -25,12 +25,13 @@ from robustify.errors import UserError
 from robustify.evaluation import evaluate
 from robustify.events import Event, Exported, Listener, Measured, Note, Planned, Progress
 from robustify.export import export
-from robustify.faults import peers_watched, sigterm_noted
+from robustify.faults import peers_watched, same_everywhere, sigterm_noted
 from robustify.inputs import augmentation, gate, load_inputs, prepare_weights
 from robustify.memory import memory_explained
 from robustify.methods import withstood
 from robustify.model_folder import write_card
 from robustify.modes import borrowed
+from robustify.order import Pool, check_batch
 from robustify.pixels import PixelModel
 from robustify.plan import planned
 from robustify.recipe import Recipe, build
@@ -40,6 +41,7 @@ from robustify.sources import Checkpoint
 from robustify.step import prepare
 from robustify.threat import ThreatModel
 from robustify.train import Outcome, follow, train
+from robustify.unlabelled import pseudo_labelled, read_pool
 
 BLEND_IMAGES = 1000  # held-out images on which the point of the line is chosen
 
@@ -181,7 +183,12 @@ def _run(
     world = World(accelerator)
     model = checkpoint.model.to(accelerator.device)
     data = data.to(accelerator.device)
+    world.on_main(lambda: check_batch(recipe, len(data.train), world.size))
+    same_everywhere(world, data)
     gate(recipe, checkpoint, data, world, tell)
+    pool = read_pool(recipe, data) if recipe.data.unlabelled else None
+    if pool is not None and recipe.data.unlabelled_as == "pseudo":
+        pool = pseudo_labelled(recipe, model, pool, world, accelerator.device, tell)
     gallery = Gallery.begin(model, data) if export_it and world.is_main else None
     if (warning := busy_cores()) is not None:
         tell(Note(warning, "warning"))
@@ -207,6 +214,7 @@ def _run(
             resume=resume,
             eval_batch=recipe.eval.batch_size,
             workers=recipe.data.workers,
+            pool=pool and Pool(pool, recipe.data.unlabelled_share),
             termination=termination,
         )
         outcome = follow(run, tell)

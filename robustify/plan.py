@@ -16,6 +16,7 @@ from robustify.events import Listener
 from robustify.inputs import augmentation, gate, load_inputs, normalised, prepare_weights
 from robustify.memory import memory_explained
 from robustify.methods.base import replays
+from robustify.order import check_batch
 from robustify.recipe import Recipe
 from robustify.sensitivity import UpsilonTracker
 from robustify.sources import Checkpoint
@@ -28,6 +29,7 @@ def plan(recipe: Recipe, *, listener: Listener | None = None) -> dict[str, Any]:
     accelerator = make_accelerator(recipe.train.precision)
     with memory_explained(recipe):
         checkpoint, data = load_inputs(recipe, listener)
+        check_batch(recipe, len(data.train), World(accelerator).size)
         gate(recipe, checkpoint, data, World(accelerator), listener)
         facts = planned(recipe, checkpoint, data)
         return facts | _time_one_step(recipe, checkpoint, data, accelerator)

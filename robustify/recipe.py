@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from robustify import shelf
 from robustify.attacks import AttackSpec
 from robustify.errors import UserError, nearest
-from robustify.methods import METHODS, AnyMethod, Gaat, withstood
+from robustify.methods import METHODS, AnyMethod, Gaat, has_consistency, withstood
 from robustify.methods.base import replays
 from robustify.methods.remedies import Remedy, next_remedy
 from robustify.schedules import OWN_START, Accelat, Kind
@@ -43,7 +43,11 @@ class ModelSettings(Settings):
 
 
 class DataSettings(Settings):
-    """name: digits, cifar10, cifar100, folder:PATH or npz:PATH. limit: use at most so many training images."""
+    """name: digits, cifar10, cifar100, folder:PATH or npz:PATH. limit: use at most so many training images.
+
+    unlabelled: images whose labels are not used, a name like the above or `rest`, the training images that limit leaves out.
+    They make up unlabelled_share of every batch: as pseudo-labelled ones, those that the loaded network is
+    unlabelled_confidence sure of, or in the consistency term alone, where the method has one."""
 
     name: str = "cifar10"
     root: str | None = None
@@ -51,6 +55,10 @@ class DataSettings(Settings):
     limit: int | None = Field(default=None, ge=2)
     augment: Literal["auto", "none", "flip", "crop-flip", "shift"] = "auto"
     workers: int = Field(default=0, ge=0)
+    unlabelled: str | None = None
+    unlabelled_as: Literal["pseudo", "consistency"] = "pseudo"
+    unlabelled_share: float = Field(default=0.5, gt=0, lt=1)
+    unlabelled_confidence: float = Field(default=0.9, ge=0, le=1)
 
 
 class TrainSettings(Settings):
@@ -69,16 +77,22 @@ class TrainSettings(Settings):
     batch_size: int = Field(default=128, ge=1)
     accumulate: int = Field(default=1, ge=1)
     lr: float = Field(default=0.01, gt=0, le=100)
+    scale_lr: Literal["none", "linear", "sqrt"] = "none"
+    base_batch: int = Field(default=256, ge=1)
     optimizer: Literal["sgd", "adamw", "lamb", "lars"] = "sgd"
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
+    trust_clip: bool = False
     schedule: Kind = "cosine"
     accelat: Accelat = Accelat()
     warmup_epochs: int = Field(default=0, ge=0)
     clip_norm: float | None = Field(default=None, gt=0)
     awp: float | None = Field(default=None, gt=0, le=0.1)
     ema: float | None = Field(default=None, gt=0, lt=1)
-    batchnorm: Literal["train", "frozen"] = "train"
+    batchnorm: Literal["train", "frozen", "sync"] = "train"
+    compress: Literal["none", "fp16", "bf16", "power_sgd", "qsgd"] = "none"
+    compress_rank: int = Field(default=2, ge=1)
+    error_feedback: bool = False
     init: Literal["loaded", "reinit", "noise"] = "loaded"
     init_noise: float = Field(default=0.05, gt=0)
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -97,9 +111,18 @@ class TrainSettings(Settings):
             raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} leaves nothing of {self.epochs} epochs")
+        if self.error_feedback and self.compress != "qsgd":
+            raise ValueError("error_feedback belongs to compress: qsgd; power_sgd always has its own")
+        if self.trust_clip and self.optimizer not in ("lamb", "lars"):
+            raise ValueError(f"trust_clip belongs to the optimizers lamb and lars, not {self.optimizer}")
         if self.warmup_epochs and self.schedule in OWN_START:
             raise ValueError(f"schedule {self.schedule} takes no warmup_epochs: take cosine, step or constant")
         return self
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of this batch size: lr times (batch_size / base_batch), or its square root, or 1."""
+        return self.lr * (self.batch_size / self.base_batch) ** {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[self.scale_lr]
 
 
 class EvalSettings(Settings):
@@ -205,6 +228,15 @@ class Recipe(Settings):
         if self.threat not in (union := withstood(self.method, self.threat)):
             specs = ", ".join(threat.spec for threat in union)
             raise ValueError(f"the threat {self.threat.spec} is none of method.threats [{specs}]: take {union[0].spec}")
+        return self
+
+    @model_validator(mode="after")
+    def _consistency_has_a_term(self) -> Recipe:
+        if self.data.unlabelled and self.data.unlabelled_as == "consistency" and not has_consistency(self.method):
+            raise ValueError(
+                f"method {self.method.name} has no term without labels: write data.unlabelled_as: pseudo, or take "
+                "wasserstein or trades"
+            )
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from robustify.augment import augment
 from robustify.awp import same_statistics, uphill
+from robustify.batchnorm import Synchronised
+from robustify.compression import GradientHook
 from robustify.distributed import World
 from robustify.errors import UserError
 from robustify.methods import Gaat
@@ -26,6 +28,7 @@ from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
 from robustify.rng import Draws, mix
 from robustify.threat import ThreatModel
+from robustify.unlabelled import with_predictions
 
 _STEP = 12  # first word of the seeds, as in train.py
 OPTIMIZERS = {"sgd": "momentum", "adamw": "adamw", "lamb": "lamb", "lars": "lars"}  # timm's "sgd" is Nesterov's
@@ -47,6 +50,7 @@ class Setup:
     tracker: State | None
     shadow: Shadow | None
     ema: Any | None
+    hook: GradientHook | None = None
 
 
 class _Forward(nn.Module):
@@ -71,17 +75,11 @@ def prepare(
 ) -> Setup:
     """Build optimiser, shadow, average and Upsilon's state around a model whose requires_grad flags are set.
 
-    images: size of the training set. Raises UserError when the batch does not divide over the processes.
+    images: size of the training set.
     """
     from timm.optim import create_optimizer_v2
 
     world = World(accelerator)
-    parts = settings.accumulate * world.size
-    if settings.batch_size % parts:
-        raise UserError(
-            f"batch_size {settings.batch_size} is not divisible by {settings.accumulate} passes x {world.size} processes",
-            f"take --set train.batch_size={max(1, settings.batch_size // parts) * parts}",
-        )
     third_derivatives = isinstance(method, Gaat) and method.second_derivatives and method.order == 2
     if third_derivatives and settings.batchnorm == "train" and _normalised_by_batch(model):
         raise UserError(
@@ -95,9 +93,10 @@ def prepare(
     optimizer = create_optimizer_v2(
         model,
         OPTIMIZERS[settings.optimizer],
-        lr=settings.lr,
+        lr=settings.rate,
         weight_decay=settings.weight_decay,
         momentum=settings.momentum,
+        **_layerwise(settings),
     )
     forward, optimizer = accelerator.prepare(_Forward(model), optimizer)
     tracker = method.tracker(threat, images)
@@ -122,6 +121,13 @@ def prepare(
         Shadow(model) if reduced else None,
         ema,
     )
+
+
+def _layerwise(settings: TrainSettings) -> dict[str, Any]:
+    """What only the layer-wise optimisers take. clip_norm is the one limit on gradients, so LAMB's own is switched off."""
+    if settings.optimizer not in ("lamb", "lars"):
+        return {}
+    return {"trust_clip": settings.trust_clip, **({"max_grad_norm": math.inf} if settings.optimizer == "lamb" else {})}
 
 
 def set_train_mode(setup: Setup) -> None:
@@ -150,6 +156,8 @@ def take_step(setup: Setup, micro_batches: Iterator[tuple[Tensor, Tensor]], step
     s, world = setup.settings, setup.world
     torch.manual_seed(mix(s.seed, _STEP, step, world.rank))  # dropout and its like
     nets = Nets(setup.model, setup.shadow.model if setup.shadow else setup.model)
+    if setup.hook:
+        setup.hook.begin(step)
     parts = [_attacked(setup, nets, *next(micro_batches), step, k) for k in range(s.accumulate)]
     if s.awp is None:
         sums = _backward(setup, nets, parts, step)
@@ -192,7 +200,7 @@ def _attacked(setup: Setup, nets: Nets, x: Tensor, y: Tensor, step: int, k: int)
     if isinstance(method, OwnStep):
         return _Part(x, None, y, draws)
     with setup.world.working(), borrowed(setup.model):
-        x_adv = method.perturb(nets, x, y, setup.threat, draws, setup.tracker)
+        x_adv = method.perturb(nets, x, with_predictions(nets.exact, x, y), setup.threat, draws, setup.tracker)
     if setup.tracker:
         setup.tracker.update()
     return _Part(x, x_adv, y, draws)
@@ -206,9 +214,10 @@ def _backward(setup: Setup, nets: Nets, parts: list[_Part], step: int) -> dict[s
     def backward(loss: Tensor) -> None:
         setup.accelerator.backward(loss / count)
 
+    statistics = Synchronised() if setup.settings.batchnorm == "sync" and setup.world.size > 1 else nullcontext()
     for k, part in enumerate(parts):
         x, y = part.x, part.y
-        with setup.accelerator.no_sync(setup.forward) if k + 1 < count else nullcontext():
+        with statistics, setup.accelerator.no_sync(setup.forward) if k + 1 < count else nullcontext():
             if isinstance(method, OwnStep):
                 passes = Passes(setup.forward, backward, nets, step)
                 total, named = method.step(passes, x, y, setup.threat, part.draws, setup.tracker)

@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from robustify import checkpoints, files
 from robustify.adversaries.budget import Budget
+from robustify.compression import attach, compression_note, gradient_bytes
 from robustify.data import Data, Split, batches, subset
-from robustify.distributed import World
 from robustify.errors import UserError
 from robustify.evaluation import evaluate, sample
 from robustify.events import Collapsed, EpochEnd, Event, Listener, Note, Progress, StepEnd
@@ -32,14 +31,13 @@ from robustify.methods.base import replays
 from robustify.methods.remedies import has_collapsed, next_remedy, remedied
 from robustify.methods.wasserstein import Wasserstein
 from robustify.metrics import Metrics
-from robustify.recipe import TrainSettings
+from robustify.order import Pool, epoch_lists, interleaved, pool_lists, pool_share
 from robustify.rng import mix
 from robustify.schedules import BY_SCORE, make_schedule
 from robustify.sensitivity import UpsilonTracker
 from robustify.step import Setup, set_train_mode, share_statistics, take_step
 
-# first words of the seeds, so that no two uses of randomness share a stream
-_ORDER, _UPSILON = 11, 13
+_UPSILON = 13  # first word of the seeds
 
 
 @dataclass
@@ -84,22 +82,20 @@ def train(
     resume: Path | None = None,
     eval_batch: int = 256,
     workers: int = 0,
+    pool: Pool | None = None,
     termination: Termination | None = None,
 ) -> Generator[Event, None, Outcome]:
     """Train and yield what happens; at the end the model holds the best epoch's weights. Returns the Outcome.
 
     folder: gets metrics.jsonl, best.safetensors and checkpoints/. resume: a checkpoint of the same run. workers: processes
-    that decode pictures which are not in memory. termination: once it is asked for on any process, the state is saved at
+    that decode pictures which are not in memory. pool: images that take their share of every batch; an epoch goes over the
+    labelled ones. termination: once it is asked for on any process, the state is saved at
     the end of the step and Preempted raised.
     Raises UserError when the loss stops being a number, with the facts.
     """
     termination = termination or Termination()
     s, world, method = setup.settings, setup.world, setup.method
     n = len(data.train)
-    if n < s.batch_size:
-        raise UserError(
-            f"batch_size {s.batch_size} is larger than the {n} training images", f"--set train.batch_size={n // 2 or 1}"
-        )
     if not len(data.val):
         raise UserError(
             f"no images are held out, but schedule {s.schedule} follows the accuracy on them"
@@ -107,12 +103,24 @@ def train(
             else "no images are held out, but the best epoch is chosen on them",
             "hold some out of the training set (data.val_fraction=0.1, or leave val_data out)",
         )
-    per_epoch = n // s.batch_size * replays(method)
+    unlabelled = 0 if pool is None else pool_share(s.batch_size, pool.share)
+    labelled, times = s.batch_size - unlabelled, replays(method)
+    per_epoch = n // labelled * times
     steps = per_epoch * s.epochs
     state = LoopState()
     schedule = make_schedule(setup.optimizer, s.schedule, s.epochs, per_epoch, s.warmup_epochs, s.accelat)
     own = {"loop": state, "schedule": schedule}
     probe = subset(data.val, sample(len(data.val), min(s.probe_images, len(data.val)), s.seed))
+    setup.hook = attach(
+        setup.forward,
+        s.compress,
+        data.train.batch([0, 1])[0].to(world.device),
+        seed=s.seed,
+        error_feedback=s.error_feedback,
+        rank=s.compress_rank,
+    )
+    if (useless := compression_note(setup.model, s.compress, world.size)) is not None:
+        yield Note(useless, "warning")
     if resume is not None:
         checkpoints.resume(setup, own, resume)
         setup.method = remedied(method, state.remedies)
@@ -128,8 +136,12 @@ def train(
 
     while state.step < steps and not state.collapsed:
         epoch, done = divmod(state.step, per_epoch)
-        lists = _epoch_lists(n, epoch, s, world, replays(method))[done * s.accumulate :]
-        stream = iter(batches(data.train, lists, setup.accelerator.device, workers))
+        lists = epoch_lists(n, epoch, s, world, labelled, times)[done * s.accumulate :]
+        stream = iter(batches(data.train, lists, world.device, workers))
+        if pool is not None:
+            first = epoch * per_epoch // times
+            more = pool_lists(len(pool.images), first, per_epoch // times, s, world, unlabelled, times)
+            stream = interleaved(stream, batches(pool.images, more[done * s.accumulate :], world.device, workers))
         set_train_mode(setup)
         for within in range(done, per_epoch):
             begin = time.perf_counter()
@@ -166,6 +178,8 @@ def train(
             _save_best(setup, folder)
         means = {key: value / per_epoch for key, value in state.sums.items()}
         extra = setup.tracker.summary() if setup.tracker else {}
+        if world.size > 1:
+            extra |= {"gradient_bytes_per_step": setup.hook.payload() if setup.hook else gradient_bytes(setup.model)}
         if method.one_step:
             extra |= {"gradient_alignment": _alignment(setup, probe, eval_batch)}
         state.sums = {}
@@ -206,18 +220,6 @@ def follow(events: Generator[Event, None, Outcome], tell: Listener) -> Outcome:
         except StopIteration as stop:
             return stop.value
         tell(event)
-
-
-def _epoch_lists(n: int, epoch: int, s: TrainSettings, world: World, times: int) -> list[list[int]]:
-    """This process's index lists of an epoch: its rows of every micro-batch of every global batch, each so many times."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(mix(s.seed, _ORDER, epoch))).tolist()
-    part = s.batch_size // s.accumulate
-    rows = world.rows(part)
-    lists = []
-    for first in range(0, n // s.batch_size * s.batch_size, s.batch_size):
-        starts = range(first, first + s.batch_size, part)
-        lists += [order[i + rows.start : i + rows.stop] for i in starts] * times
-    return lists
 
 
 def _measure_upsilon(
@@ -284,7 +286,9 @@ def _alignment(setup: Setup, probe: Split, batch_size: int) -> float:
     """Mean cosine on the held-out images between the gradients at x and beside it: near 0, a one-step attack is blind."""
     mine = range(len(probe))[setup.world.rows(len(probe))]
     lists = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    found = gradient_alignment(setup.model, batches(probe, lists, setup.accelerator.device), setup.threat, setup.settings.seed)
+    found = gradient_alignment(
+        setup.model, batches(probe, lists, setup.accelerator.device), setup.threat, setup.settings.seed
+    )
     return float(setup.world.gather(found).nanmean())
 
 

@@ -27,6 +27,10 @@ def run(
     model: Annotated[str | None, Option(metavar="SOURCE", help="A RobustBench or timm name, or a folder.")] = None,
     method: Annotated[str | None, Option(metavar="NAME", help="One of `robustify ls methods`.")] = None,
     data: options.DataName = None,
+    unlabelled: Annotated[
+        str | None,
+        Option(metavar="DATA", help="More images, without their labels: a name like the above, or rest."),
+    ] = None,
     threat: Annotated[
         str | None, Option(metavar="THREAT", help="Linf:8/255, L2:0.5; for wasserstein W2-Linf:8/255.")
     ] = None,
@@ -92,6 +96,7 @@ def run(
         "model.verify": False if no_verify else None,
         "method.name": method,
         "data.name": data,
+        "data.unlabelled": unlabelled,
         "threat": threat,
         "train.layers": layers,
         "train.epochs": epochs,

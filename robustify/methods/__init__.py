@@ -28,6 +28,11 @@ METHODS = {
 }
 
 
+def has_consistency(method: Method | OwnStep) -> bool:
+    """Whether the method's loss has a term that asks for no label, KL(f(x) || f(x'))."""
+    return isinstance(method, (Trades, Wasserstein))
+
+
 def withstood(method: Method | OwnStep, threat: ThreatModel) -> tuple[ThreatModel, ...]:
     """The threats that a run's model is trained to withstand and measured under: the run's, and multi-norm's own."""
     return method.threats if isinstance(method, MultiNorm) else (threat,)

@@ -15,7 +15,13 @@ from robustify.distributed import World, make_accelerator
 from robustify.evaluation import evaluate
 from robustify.threat import ThreatModel
 
-ATTACKS = ["pgd:steps=3", "screen", "autoattack:steps=2,queries=10,targets=2", "w-pgd:steps=3", "knapsack:steps=4,restarts=1"]
+ATTACKS = [
+    "pgd:steps=3",
+    "screen",
+    "autoattack:steps=2,queries=10,targets=2",
+    "w-pgd:steps=3",
+    "knapsack:steps=4,restarts=1",
+]
 
 
 def main(pieces: Path, out: Path) -> None:

@@ -27,12 +27,12 @@ from robustify.train import follow, train
 STOP = 5  # in the middle of the second epoch of four steps
 
 
-def run(out: Path, stop: bool = False, resume: bool = False, **settings):
-    """Train two epochs in fp64, from the start or the last checkpoint, to the end or to the fifth step."""
+def run(out: Path, stop: int = 0, resume: bool = False, **settings):
+    """Train two epochs in fp64, from the start or the last checkpoint, to the end or to the step `stop`."""
     net = tiny_net().double()
     net[3].p = 0.0
     layers.select(net, "full", [])
-    s = TrainSettings(**{"epochs": 2, "batch_size": 24, "lr": 0.05, "probe_images": 32, "ema": 0.9, **settings})
+    s = TrainSettings(**{"epochs": 2, "batch_size": 24, "lr": 0.05, "probe_images": 32, "keep": "last", **settings})
     method = Wasserstein(steps=2, adversary={"name": "budget", "images": 50})
     setup = prepare(PixelModel(net), method, ThreatModel.parse("W2-Linf:8/255"), s, make_accelerator(), "crop-flip", 96)
     pairs = [(x.double(), y) for x, y in (toy_data(96), toy_data(64, seed=1), toy_data(64, seed=2))]
@@ -40,7 +40,7 @@ def run(out: Path, stop: bool = False, resume: bool = False, **settings):
 
     def listen(event):
         # only one of the processes is told, as on a cluster that takes one machine away
-        if stop and isinstance(event, StepEnd) and event.step == STOP and setup.world.rank == setup.world.size - 1:
+        if stop and isinstance(event, StepEnd) and event.step == stop and setup.world.rank == setup.world.size - 1:
             termination.asked = True
 
     if setup.world.is_main:
@@ -49,7 +49,7 @@ def run(out: Path, stop: bool = False, resume: bool = False, **settings):
     at = checkpoints.latest(out / "checkpoints") if resume else None
     training = train(setup, from_tensors(*pairs), out, resume=at, termination=termination)
     if stop:
-        with pytest.raises(Preempted, match=f"after step {STOP}"):
+        with pytest.raises(Preempted, match=f"after step {stop}"):
             follow(training, listen)
     else:
         follow(training, listen)
@@ -63,9 +63,17 @@ def main(out: Path) -> None:
         "live, checkpoints": run(out / "checkpoints", checkpoint_steps=1),
         "from one": run(out / "from one", resume=True, batchnorm="frozen"),
     }
-    run(out / "live, stopped", stop=True)
+    run(out / "live, stopped", stop=STOP)
     results["live, stopped"] = run(out / "live, stopped", resume=True)
-    run(out / "from two", stop=True, batchnorm="frozen")
+    results["sync"] = run(out / "sync", batchnorm="sync")
+    for kind, at, more in (
+        ("qsgd", STOP, {"error_feedback": True}),
+        ("power_sgd", 13, {"epochs": 4, "compress_rank": 1}),
+    ):
+        results[kind] = run(out / kind, compress=kind, **more)
+        run(out / f"{kind}, stopped", stop=at, compress=kind, **more)
+        results[f"{kind}, stopped"] = run(out / f"{kind}, stopped", resume=True, compress=kind, **more)
+    run(out / "from two", stop=STOP, batchnorm="frozen")
     if not int(os.environ["RANK"]):
         torch.save(results, out / "results.pt")
 
