@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket  # torch.distributed has it, for type checkers under this name only
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
@@ -73,7 +74,7 @@ class GradientHook:
         self.step = step
         self.steps += 1
 
-    def average(self, state: Any, bucket: dist.GradBucket) -> Future[Tensor]:
+    def average(self, state: Any, bucket: GradBucket) -> Future[Tensor]:
         """What DDP calls: returns the mean gradient of a bucket of parameters."""
         flat = bucket.buffer()
         if self.kind == "qsgd":

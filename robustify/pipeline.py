@@ -214,7 +214,7 @@ def _run(
             resume=resume,
             eval_batch=recipe.eval.batch_size,
             workers=recipe.data.workers,
-            pool=pool and Pool(pool, recipe.data.unlabelled_share),
+            pool=None if pool is None else Pool(pool, recipe.data.unlabelled_share),
             termination=termination,
         )
         outcome = follow(run, tell)
