@@ -174,9 +174,13 @@ def test_collapse_is_named_and_rolled_back(tmp_path, monkeypatch):
     assert torch.equal(setup.model.net[0].weight, kept["weight"])
 
 
-def test_a_batch_larger_than_the_data_is_refused(tmp_path):
+def test_a_batch_larger_than_the_data_is_refused_before_anything_is_measured():
+    from robustify.pipeline import harden
+
+    said = []
     with pytest.raises(UserError, match="larger than the 96 training images"):
-        run(setup_for(Standard(), batch_size=128), tmp_path)
+        harden(tiny_net(), data(), batch_size=128, verify=False, listener=said.append)
+    assert said == []
 
 
 @pytest.mark.parametrize(
