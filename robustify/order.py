@@ -34,8 +34,8 @@ class Pool:
 def check_batch(recipe: Recipe, images: int, processes: int) -> None:
     """Raise UserError when the batch is larger than the training set or does not divide over the processes."""
     t, passes = recipe.train, recipe.train.accumulate * processes
-    unlabelled = pool_share(t.batch_size, recipe.data.unlabelled_share if recipe.data.unlabelled else 0.0)
-    labelled = t.batch_size - unlabelled
+    labelled = labelled_of(recipe)
+    unlabelled = t.batch_size - labelled
     if images < labelled:
         raise UserError(
             f"batch_size {t.batch_size} is larger than the {images} training images",
@@ -47,6 +47,12 @@ def check_batch(recipe: Recipe, images: int, processes: int) -> None:
             said = f"a batch of {labelled} labelled and {unlabelled} unlabelled images does not divide over {passes} passes"
             said += f" ({t.accumulate} x {processes} processes)"
         raise UserError(said, f"take --set train.batch_size={max(1, t.batch_size // (2 * passes)) * 2 * passes}")
+
+
+def labelled_of(recipe: Recipe) -> int:
+    """How many images of a batch are labelled."""
+    batch = recipe.train.batch_size
+    return batch - (pool_share(batch, recipe.data.unlabelled_share) if recipe.data.unlabelled else 0)
 
 
 def pool_share(batch_size: int, share: float) -> int:

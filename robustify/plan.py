@@ -16,7 +16,7 @@ from robustify.events import Listener
 from robustify.inputs import augmentation, gate, load_inputs, normalised, prepare_weights
 from robustify.memory import memory_explained
 from robustify.methods.base import replays
-from robustify.order import check_batch
+from robustify.order import check_batch, labelled_of
 from robustify.recipe import Recipe
 from robustify.sensitivity import UpsilonTracker
 from robustify.sources import Checkpoint
@@ -44,7 +44,7 @@ def planned(recipe: Recipe, checkpoint: Checkpoint, data: Data) -> dict[str, Any
     chosen = layers.select(net, recipe.train.layers, classifier)
     for weight, flag in flags:
         weight.requires_grad_(flag)
-    steps, epochs = len(data.train) // recipe.train.batch_size * replays(recipe.method), recipe.train.epochs
+    steps, epochs = len(data.train) // labelled_of(recipe) * replays(recipe.method), recipe.train.epochs
     return {
         "model": checkpoint.base_id,
         "architecture": checkpoint.arch,
@@ -100,7 +100,7 @@ def _time_one_step(recipe: Recipe, checkpoint: Checkpoint, data: Data, accelerat
     begin = time.perf_counter()
     losses, _ = take_step(setup, iter([images]), 0)
     took = (time.perf_counter() - begin) * batch / n
-    steps = len(data.train) // recipe.train.batch_size * replays(recipe.method) * recipe.train.epochs
+    steps = len(data.train) // labelled_of(recipe) * replays(recipe.method) * recipe.train.epochs
     return {
         "one step": f"{took:.2f} s for a batch of {batch}, from one of {n}; loss {losses['total']:.4g}",
         "training time": f"about {duration(took * steps)}, without evaluation",
