@@ -547,8 +547,9 @@ def table(rows: dict[str, dict[str, Any]], every: list[dict[str, Any]], command:
         "# Coverage: what comes in, trains, goes out and comes back", "", f"    {command}", "",
         f"With {versions}. For every entry{about.rstrip()}", "",
         head, "|---" * (len(COUNTED) + 4) + "|", line("RobustBench", parts["robustbench"]), line("timm", parts["timm"]), "",
-        f"Of timm's {len(families)} families, {len(reached)} have a member that passed. What is `not reached` has not been tried:",
-        "the same command goes on there, and `--table` writes this page anew.", "",
+        f"Of timm's {len(families)} families, {len(reached)} have a member that passed.", "",
+        "`not reached` has not been tried: the command goes on there, and `--table` writes this page anew. The rows were made",
+        "while the code was being repaired; those that failed were repeated afterwards, those that passed were not.", "",
         "## Refused and failed", "", "| model | outcome | stage | reason |", "|---|---|---|---|",
         *(
             f"| `{e['name']}` | {outcome(e)} | {rows[e['name']]['stage']} | {_cell(rows[e['name']]['reason'])} |"
