@@ -83,7 +83,7 @@ class ResNet2B2(nn.Sequential):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a new, random last layer for `num_classes` in place."""
         self.num_classes = num_classes
-        self[8] = nn.Linear(self.num_features, num_classes).to(self[6].weight.device)
+        self[8] = nn.Linear(self.num_features, num_classes).to(next(self.parameters()).device)
 
 
 class _Residual(nn.Module):
