@@ -23,8 +23,6 @@ from robustify.pixels import PixelModel
 from robustify.threat import ThreatModel
 
 Weights = Mapping[str, Tensor]
-# an attack for a distributional threat, and one for a pointwise threat: quick, as every point is attacked anew
-QUICK = {True: "knapsack:steps=20,targets=2,restarts=1", False: "screen"}
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,19 @@ def between(start: Weights, end: Weights, alpha: float) -> dict[str, Tensor]:
     }
 
 
+def quick(threats: Sequence[ThreatModel]) -> str:
+    """The attack that measures a point unless another is named: a cheap one, as every point is attacked anew."""
+    if len(threats) > 1:
+        return "pgd:steps=10"  # knows all norms
+    return "knapsack:steps=20,targets=2,restarts=1" if threats[0].distributional else "screen"
+
+
 def curve(
     model: PixelModel,
     start: Weights,
     end: Weights,
     held_out: Split,
-    threat: ThreatModel,
+    threats: ThreatModel | Sequence[ThreatModel],
     attack: str | None = None,
     points: int = 11,
     *,
@@ -73,9 +78,11 @@ def curve(
 ) -> list[Point]:
     """Measure `points` equal steps of the line on held-out images; model.net is left at its end.
 
-    start, end: weights of model.net. attack: None for QUICK's. n: held-out images (None: all).
+    start, end: weights of model.net. threats: of several norms, the worst case over them per image counts. attack: None for
+    a quick one. n: held-out images (None: all).
     """
-    attack = attack or QUICK[threat.distributional]
+    several = [threats] if isinstance(threats, ThreatModel) else list(threats)
+    attack = attack or quick(several)
     found = []
     for k in range(points):
         tell(k, points)
@@ -85,14 +92,14 @@ def curve(
             model,
             held_out,
             ["clean", attack],
-            threat,
+            several,
             n=n,
             seed=seed,
             batch_size=batch_size,
             world=world,
             split_name="val",
         )
-        found.append(Point(alpha, report.rows[0].accuracy, report.rows[1].accuracy))
+        found.append(Point(alpha, report.rows[0].accuracy, (report.union() or report.rows[1]).accuracy))
     tell(points, points)
     return found
 

@@ -56,7 +56,8 @@ class Memory:
     def summary(self) -> dict[str, float]:
         """What to log of the epoch, and clear the ledger.
 
-        mean_cost: mean(||x'-x||^p)/delta^p, at most about 1; zero_share: part of the images that stayed; largest_delta.
+        mean_cost: mean(||x'-x||^p)/delta^p of the moves noted (by `budget` the radii it allots, which moves may not fill);
+        zero_share: part of the images that stayed; largest_delta.
         """
         power, zeros, count = self.ledger.tolist()
         facts = {

@@ -33,7 +33,7 @@ from robustify.model_folder import write_card
 from robustify.modes import borrowed
 from robustify.order import Pool, check_batch
 from robustify.pixels import PixelModel
-from robustify.plan import planned
+from robustify.plan import passes_per_image, planned
 from robustify.recipe import Recipe, build
 from robustify.report import Report, save_pair
 from robustify.runs import begin_run, clear_state, flat, open_run
@@ -259,7 +259,7 @@ def _go_back(
         start,
         end,
         data.val,
-        recipe.threat,
+        withstood(recipe.method, recipe.threat),
         n=n,
         seed=recipe.train.seed,
         batch_size=recipe.eval.batch_size,
@@ -355,10 +355,8 @@ def _export(
 
 
 def _cost(recipe: Recipe, outcome: Outcome) -> dict[str, Any]:
-    """What the training spent. A method's cost is linear in its passes, so each kind is found by pricing it alone."""
-    cost = recipe.method.passes
-    forward = cost(0, 0)
-    image, weights = cost(1, 0) - forward, cost(0, 1) - forward
+    """What the training spent."""
+    forward, image, weights = passes_per_image(recipe)
     passes = {"forward": forward, "backward to the image": image, "backward to the weights": weights}
     steps = {"steps": outcome.steps, "batch_size": recipe.train.batch_size, "best_epoch": outcome.best_epoch}
     return {"seconds": round(outcome.seconds, 1), **steps, "passes_per_image": passes}

@@ -45,6 +45,7 @@ def planned(recipe: Recipe, checkpoint: Checkpoint, data: Data) -> dict[str, Any
     for weight, flag in flags:
         weight.requires_grad_(flag)
     steps, epochs = len(data.train) // labelled_of(recipe) * replays(recipe.method), recipe.train.epochs
+    forward, image, weights = passes_per_image(recipe)
     return {
         "model": checkpoint.base_id,
         "architecture": checkpoint.arch,
@@ -60,15 +61,21 @@ def planned(recipe: Recipe, checkpoint: Checkpoint, data: Data) -> dict[str, Any
         "classifier": ", ".join(classifier) or None,
         "steps": f"{steps} per epoch, {steps * epochs} in {epochs} epochs of batch {recipe.train.batch_size}",
         # a backward pass to the input costs about 1.2 forward passes, one to the weights about 2.6 (docs/speed.md)
-        "passes per step": f"{_passes(recipe, 1.2, 2.6):.1f} forward passes of the batch",
+        "passes per step": f"{forward + 1.2 * image + 2.6 * weights:.1f} forward passes of the batch",
     }
 
 
-def _passes(recipe: Recipe, bins: float, bws: float) -> float:
-    """Cost of one step in forward passes. Adversarial weight perturbation takes the passes that train twice."""
-    method = recipe.method
-    training = method.passes(0, 1) - method.passes(0, 0)  # backward passes to the weights, each with its forward pass
-    return method.passes(bins, bws) + (training * (1 + bws) if recipe.train.awp else 0)
+def passes_per_image(recipe: Recipe) -> tuple[float, float, float]:
+    """Forward passes, backward passes to the input and backward passes to the weights that a step spends on each image.
+
+    A method's cost is linear in them, so each kind is found by pricing it alone. Adversarial weight perturbation takes
+    the passes that train, a forward and a backward one, twice.
+    """
+    cost = recipe.method.passes
+    forward = cost(0, 0)
+    image, weights = cost(1, 0) - forward, cost(0, 1) - forward
+    again = weights if recipe.train.awp else 0.0
+    return forward + again, image, weights + again
 
 
 def _images(checkpoint: Checkpoint) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -181,6 +182,9 @@ class Recipe(Settings):
                 f"method {name} trains against a pointwise threat, {threat.spec} is distributional: "
                 f"write threat: {threat.pointwise().spec}, or take method wasserstein"
             )
+        adversary = getattr(self.method, "adversary", None)
+        if adversary is not None and adversary.name == "dual" and threat.p == math.inf:
+            raise ValueError(f"adversary dual needs a price per distance, which {threat.spec} has none of: take method trades")
         if threat.norm not in self.method.norms:
             raise ValueError(
                 f"method {name} does not train in the norm {threat.norm}; it knows {', '.join(self.method.norms)}"
@@ -306,7 +310,7 @@ def resolve(
         given[key.strip()] = _read(value)
     if run is not None and not name:
         kept = run.to_dict()
-        values = {"threat": kept["threat"], "method": {"name": kept["method"]["name"]}}
+        values = {"threat": kept["threat"], "method": kept["method"]}
         if given.get("data.name") in (None, run.data.name):
             values["data"] = kept["data"]
         origins = dict.fromkeys(_leaves(values), "the model's run")

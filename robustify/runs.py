@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ def open_run(folder: Path, recipe: Recipe, resume: str, force: bool) -> Path | N
 def _unfinished(folder: Path) -> bool:
     """Whether a run began here and has not ended: the card is written last, and then the training state goes."""
     left = any((folder / name).exists() for name in _STATE)
-    return (folder / "recipe.yaml").exists() and (left or not (folder / "model" / "README.md").exists())
+    ours = all((folder / name).exists() for name in ("recipe.yaml", "environment.json"))  # not a recipe someone put there
+    return ours and (left or not (folder / "model" / "README.md").exists())
 
 
 def clear_state(folder: Path) -> None:
@@ -59,7 +61,7 @@ def _same_recipe(folder: Path, recipe: Recipe) -> None:
         changed = [f"{key}: {theirs.get(key)} -> {mine.get(key)}" for key in mine if mine.get(key) != theirs.get(key)]
         raise UserError(
             f"{folder} holds an unfinished run of another recipe ({'; '.join(changed[:4])})",
-            f"continue it with: robustify finetune {folder / 'recipe.yaml'} -o {folder}; "
+            f"continue it with: robustify finetune {shlex.quote(str(folder / 'recipe.yaml'))} -o {shlex.quote(str(folder))}; "
             "or start anew with another folder (-o) or --force",
         )
 

@@ -3,8 +3,8 @@
     A_delta = max over t of  { E_u[ RA(t u^(1/p)) ] - (delta/t)^p }        (robustify.duality)
 
 Worst-case accuracy in the W_p ball is pointwise robust accuracy at a random radius, less the budget's price. At the best t
-E_u[RA(t u^(1/p))] - RA(t) = (delta/t)^p; both terms on the left are read off the images that withstood their own radius,
-so t needs no Upsilon and no pass of its own.
+E_u[RA(t u^(1/p))] - RA(t) = (delta/t)^p; both terms on the left are read off the images that withstood their own radius
+(as far as the attack's gradient passes saw, all iterates but the last), so t needs no Upsilon and no pass of its own.
 """
 
 from __future__ import annotations

@@ -56,12 +56,14 @@ def run(
         import torch
 
         from robustify import api, files, plots
-        from robustify.blend import QUICK, between, choose, curve
+        from robustify.blend import between, choose, curve, quick
         from robustify.events import Progress
+        from robustify.methods import withstood
         from robustify.threat import ThreatModel
     recipe = evaluate.recipe_of(end)
     given = ThreatModel.parse(threat or (recipe.threat if recipe else api.DEFAULT_RADIUS))
-    used = attack or QUICK[given.distributional]
+    threats = withstood(recipe.method, given) if recipe else (given,)
+    used = attack or quick(threats)
     if output is not None:
         files.new_folder(output, force)
     with console.Watch() as watch:
@@ -78,7 +80,7 @@ def run(
             a,
             b,
             found.val,
-            given,
+            threats,
             attack,
             points,
             n=count,

@@ -14,6 +14,7 @@ from typer import Option
 
 from robustify import console
 from robustify.cli import evaluate, options
+from robustify.errors import UserError
 from robustify.intervals import percent
 
 if TYPE_CHECKING:
@@ -112,7 +113,10 @@ def run(
             facts = plan(resolved.recipe, listener=watch)
         _show_plan(resolved, facts, options.command(a for a in arguments if a != "--dry-run"), as_json)
         return
-    again = options.command(a for a in options.without(arguments, "--resume") if a != "--force")
+    if output and resume not in ("auto", "never"):
+        raise UserError(f"--resume {resume} continues in that folder, -o {output} names another", "leave out -o")
+    kept = arguments if resume not in ("auto", "never") else options.without(arguments, "--resume")
+    again = options.command(a for a in kept if a != "--force")
     if (processes > 1 or accelerate_config) and not launched():
         layout = read_config(accelerate_config) if accelerate_config else Layout(processes)
         inner = options.without(options.without(arguments, "--processes"), "--accelerate-config")

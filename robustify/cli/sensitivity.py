@@ -47,7 +47,7 @@ def run(
     allow_pickle: options.AllowPickle = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Estimate Upsilon, the loss's sensitivity to a Wasserstein attack, and accuracies from it.
+    """Estimate Upsilon, the sensitivity to a Wasserstein attack.
 
     Upsilon is (E ||grad_x J||^q)^(1/q) over the images, in the norm dual to the threat's. To first order, a radius
     delta raises the expected loss by delta * Upsilon: an estimate of what an attack can do, never a certificate.

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from robustify.adversaries import AnyAdversary
@@ -54,6 +54,17 @@ class Wasserstein(Settings):
         if isinstance(value, str):
             return {"name": value}
         return {"name": "budget", **value} if isinstance(value, Mapping) else value
+
+    @model_validator(mode="after")
+    def _settings_that_count(self) -> Wasserstein:
+        name, own = self.adversary.name, type(self).model_fields
+        if name == "batch" and self.inner_loss != own["inner_loss"].default:
+            raise ValueError("adversary batch climbs a loss of its own: set method.adversary.loss, not inner_loss")
+        if name in ("dual", "knapsack") and self.step_ratio != own["step_ratio"].default:
+            raise ValueError(f"adversary {name} walks outward by equal parts of its reach: step_ratio says nothing to it")
+        if name == "random-radius" and self.steps < 2:
+            raise ValueError("adversary random-radius judges which images withstood from the second step on: take steps >= 2")
+        return self
 
     @property
     def inner(self) -> Inner:

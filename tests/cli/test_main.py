@@ -11,7 +11,7 @@ import pytest
 
 from robustify import shelf
 
-VERBS = ["finetune", "evaluate", "compare", "sensitivity", "export", "card", "push", "ls", "show", "copy", "env"]
+VERBS = ["finetune", "evaluate", "compare", "blend", "sensitivity", "export", "card", "push", "ls", "show", "copy", "env"]
 
 
 def python(*arguments, **options):

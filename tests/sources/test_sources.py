@@ -45,7 +45,7 @@ def test_refused_names(name, dataset, threat, said):
 
 
 def test_digits(monkeypatch, digits_folder):
-    monkeypatch.setattr(sources, "_digits", lambda: digits_folder)
+    monkeypatch.setattr(sources, "embedded", lambda: {"digits": digits_folder})
     assert sources.load("digits").base_id == "digits"
 
 
@@ -63,8 +63,8 @@ def test_an_entry_that_our_list_lacks(monkeypatch):
 
 def test_names(tmp_path):
     every = sources.names()
-    assert every[0].id == "digits"
-    assert len(every) == 207
+    assert [info.id for info in every[:2]] == ["cifar10-resnet2b2", "digits"]  # those that come with robustify
+    assert len(every) == 208
     best = sources.names("R18", dataset="cifar10", threat="Linf")
     assert [info.robust_acc for info in best] == sorted((info.robust_acc for info in best), reverse=True)
     assert all((info.dataset, info.threat) == ("cifar10", "Linf") and "R18" in info.id for info in best)
