@@ -17,7 +17,7 @@ def run(
     source: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or one that robustify export wrote.")],
     license: options.License = None,
 ) -> None:
-    """Write a model's card anew from its recipe and report; what you wrote into it stays.
+    """Write a model's card anew; what you wrote into it stays.
 
     \b
     robustify card runs/digits-wasserstein --license mit

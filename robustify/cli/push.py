@@ -19,7 +19,7 @@ def run(
     dry_run: Annotated[bool, Option("--dry-run", help="Only show what would be sent.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Publish a hardened model with its card, recipe and report on the Hugging Face hub.
+    """Publish a hardened model with its card on the Hugging Face hub.
 
     Nothing else of robustify sends anything anywhere. Log in first: hf auth login. An upload that was interrupted goes
     on with the same command.
