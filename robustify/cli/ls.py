@@ -42,7 +42,7 @@ def run(
     models_dir: options.ModelsDir = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """List models, methods, adversaries of method wasserstein, attacks, recipes or data sets.
+    """List what there is to choose from: models, methods, attacks, recipes.
 
     \b
     robustify ls models Wang --dataset cifar10 --threat Linf
