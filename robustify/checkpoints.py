@@ -34,8 +34,9 @@ def save(setup: Setup, more: dict[str, Part], folder: Path, step: int) -> None:
     more: what the loop itself remembers, by name.
     """
     everyones = setup.world.gather_on_main({name: tensor.cpu() for name, tensor in _own(setup).items()})
+    parts = {name: part.state_dict() for name, part in _parts(setup, more).items()}  # on all: free-at's noise is gathered
     if setup.world.is_main:
-        state = {"parts": {name: part.state_dict() for name, part in _parts(setup, more).items()}, "own": everyones}
+        state = {"parts": parts, "own": everyones}
         folder.mkdir(parents=True, exist_ok=True)
         files.save(folder / f"step-{step:08d}.pt", lambda path: torch.save(state, path))
         for older in whole(folder)[:-1]:

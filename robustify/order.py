@@ -32,21 +32,40 @@ class Pool:
 
 
 def check_batch(recipe: Recipe, images: int, processes: int) -> None:
-    """Raise UserError when the batch is larger than the training set or does not divide over the processes."""
+    """Raise UserError when the batch is larger than the training set, lacks the labelled or the unlabelled images that it
+    is to have, or does not divide over the processes."""
     t, passes = recipe.train, recipe.train.accumulate * processes
+    share = recipe.data.unlabelled_share if recipe.data.unlabelled else 0.0
     labelled = labelled_of(recipe)
     unlabelled = t.batch_size - labelled
     if images < labelled:
         raise UserError(
             f"batch_size {t.batch_size} is larger than the {images} training images",
-            f"--set train.batch_size={images // 2 or 1}",
+            _fitting(images // 2, share, images, passes),
+        )
+    if share and not (labelled and unlabelled):
+        raise UserError(
+            f"data.unlabelled_share {share:g} makes {unlabelled} of the {t.batch_size} images of a batch unlabelled, "
+            f"{'none' if not unlabelled else 'all'} of them",
+            _fitting(t.batch_size, share, images, passes),
         )
     if labelled % passes or unlabelled % passes:
         said = f"batch_size {t.batch_size} is not divisible by {t.accumulate} passes x {processes} processes"
         if unlabelled:
             said = f"a batch of {labelled} labelled and {unlabelled} unlabelled images does not divide over {passes} passes"
             said += f" ({t.accumulate} x {processes} processes)"
-        raise UserError(said, f"take --set train.batch_size={max(1, t.batch_size // (2 * passes)) * 2 * passes}")
+        raise UserError(said, _fitting(t.batch_size, share, images, passes))
+
+
+def _fitting(near: int, share: float, images: int, passes: int) -> str:
+    """Advise the batch size nearest to `near` that check_batch takes."""
+    for far in range(math.ceil(images / (1 - share)) + 1):
+        for size in (near - far, near + far):
+            unlabelled = pool_share(size, share)
+            parts = (size - unlabelled, unlabelled) if share else (size,)
+            if size - unlabelled <= images and all(part > 0 and part % passes == 0 for part in parts):
+                return f"take --set train.batch_size={size}"
+    return f"no batch of these {images} images does: take fewer passes" + (" or another data.unlabelled_share" * bool(share))
 
 
 def labelled_of(recipe: Recipe) -> int:

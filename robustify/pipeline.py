@@ -188,7 +188,7 @@ def _run(
     gate(recipe, checkpoint, data, world, tell)
     pool = read_pool(recipe, data) if recipe.data.unlabelled else None
     if pool is not None and recipe.data.unlabelled_as == "pseudo":
-        pool = pseudo_labelled(recipe, model, pool, world, accelerator.device, tell)
+        pool = pseudo_labelled(recipe, model, pool, data.num_classes, world, accelerator.device, tell)
     gallery = Gallery.begin(model, data) if export_it and world.is_main else None
     if (warning := busy_cores()) is not None:
         tell(Note(warning, "warning"))

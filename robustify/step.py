@@ -30,7 +30,7 @@ from robustify.rng import Draws, mix
 from robustify.threat import ThreatModel
 from robustify.unlabelled import with_predictions
 
-_STEP = 12  # first word of the seeds, as in train.py
+_STEP, _DROPOUT = 12, 17  # first words of the seeds, as in train.py
 OPTIMIZERS = {"sgd": "momentum", "adamw": "adamw", "lamb": "lamb", "lars": "lars"}  # timm's "sgd" is Nesterov's
 
 
@@ -154,7 +154,7 @@ def take_step(setup: Setup, micro_batches: Iterator[tuple[Tensor, Tensor]], step
     The losses include `total`. Does not update when the total is not finite; the caller stops the run.
     """
     s, world = setup.settings, setup.world
-    torch.manual_seed(mix(s.seed, _STEP, step, world.rank))  # dropout and its like
+    torch.manual_seed(mix(s.seed, _DROPOUT, step, world.rank))  # of dropout and drop-path, drawn by each process
     nets = Nets(setup.model, setup.shadow.model if setup.shadow else setup.model)
     if setup.hook:
         setup.hook.begin(step)

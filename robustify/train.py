@@ -172,7 +172,9 @@ def train(
         share_statistics(setup)
         clean, robust, name = _probe(setup, probe, eval_batch)
         score = robust if method.adversarial else clean
-        best = score > state.best or s.keep == "last"
+        # against the epochs trained: the first ones from a start that is hardly robust dip before they rise
+        fell = method.adversarial and has_collapsed(score, state.trained_best, s.collapse_drop, len(probe))
+        best = not fell and (score > state.best or s.keep == "last")
         if best:
             state.best, state.best_epoch = score, epoch + 1
             _save_best(setup, folder)
@@ -189,8 +191,7 @@ def train(
         if (slow := world.slow_process()) is not None:
             yield Note(slow, "warning")
         schedule.tell(score)
-        # against the epochs trained: the first ones from a start that is hardly robust dip before they rise
-        if method.adversarial and has_collapsed(score, state.trained_best, s.collapse_drop, len(probe)):
+        if fell:
             remedy = next_remedy(method, s.on_collapse, state.remedies)
             yield Collapsed(epoch + 1, robust, state.trained_best, state.best_epoch, method.one_step, remedy)
             state.collapsed = remedy == "stop"

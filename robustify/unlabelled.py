@@ -43,7 +43,13 @@ def read_pool(recipe: Recipe, data: Data) -> Split:
 
 
 def pseudo_labelled(
-    recipe: Recipe, model: nn.Module, pool: Split, world: World, device: torch.device, tell: Listener
+    recipe: Recipe,
+    model: nn.Module,
+    pool: Split,
+    num_classes: int,
+    world: World,
+    device: torch.device,
+    tell: Listener,
 ) -> Split:
     """Return the images whose most probable class the network gives at least the recipe's confidence, with that label.
 
@@ -65,7 +71,7 @@ def pseudo_labelled(
             f"the network is not {least:g} sure of any of the {len(pool)} unlabelled images (at most {confidence.max():.3f})",
             "lower --set data.unlabelled_confidence, or take --set data.unlabelled_as=consistency",
         )
-    counts = torch.bincount(label[kept].long()).tolist()
+    counts = torch.bincount(label[kept].long(), minlength=num_classes).tolist()
     tell(
         Note(
             f"{len(kept)} of {len(pool)} unlabelled images have a pseudo-label of confidence {least:g} or more, "

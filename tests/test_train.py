@@ -83,7 +83,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_does_not(tmp_path)
     assert not torch.equal(weights[0], weights[2])
 
 
-@pytest.mark.parametrize("rule", ["epoch", "every", "ema", "window"])
+@pytest.mark.parametrize("rule", ["epoch", "every", "ema", "window", "importance"])
 def test_a_stopped_run_continues_bit_for_bit(rule, tmp_path):
     method = Wasserstein(steps=2, adversary={"name": "budget", "upsilon": rule, "every": 2, "images": 48})
     (tmp_path / "a").mkdir()
@@ -136,7 +136,7 @@ def test_last_layer_training_leaves_everything_else_alone(tmp_path):
 
 
 def test_not_a_number_stops_at_once_with_the_facts(tmp_path):
-    setup = setup_for(Standard(), lr=1e30 if False else 50.0, epochs=1)
+    setup = setup_for(Standard(), lr=50.0, epochs=1)
 
     class Exploding(nn.Module):
         def __init__(self, net):
@@ -371,6 +371,14 @@ def test_after_a_collapse_training_goes_on_from_the_best_weights_with_the_remedy
     assert again.remedies == outcome.remedies
     for a, b in zip(whole.model.state_dict().values(), continued.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_collapsed_epoch_is_not_kept_even_where_the_last_one_is(tmp_path, monkeypatch):
+    collapsing(monkeypatch, iter([0.1, 0.5, 0.45, 0.1, 0.0, 0.5]))
+    outcome, events = run(setup_for(FastAt(), epochs=4, keep="last"), tmp_path)
+    collapses = [(e.epoch, e.best_epoch) for e in events if isinstance(e, Collapsed)]
+    assert collapses == [(3, 2), (4, 2)]
+    assert (outcome.best, outcome.best_epoch) == (0.45, 2)
 
 
 def test_rolled_back_weights_are_the_best_ones_and_the_momentum_is_gone(tmp_path, monkeypatch):

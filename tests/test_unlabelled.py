@@ -52,11 +52,14 @@ def test_pseudo_labels_are_the_networks_and_the_unsure_are_left_out(digits):
     pool, said = read_pool(recipe(), digits), []
     x, _ = pool.batch(range(len(pool)))
     confidence, label = net(x).softmax(1).max(1)
-    found = pseudo_labelled(recipe(), net, pool, World(), torch.device("cpu"), said.append)
+    found = pseudo_labelled(recipe(), net, pool, 10, World(), torch.device("cpu"), said.append)
     assert torch.equal(found.labels, label[confidence >= 0.9])
     assert f"{len(found)} of {len(pool)}" in said[-1].text
+    few = datasets.subset(pool, (label == int(label[confidence >= 0.9][0])).nonzero()[:, 0])
+    pseudo_labelled(recipe(), net, few, 10, World(), torch.device("cpu"), said.append)
+    assert "0 to" in said[-1].text  # the classes without any count
     with pytest.raises(UserError, match="not 1 sure"):
-        pseudo_labelled(recipe("data.unlabelled_confidence=1"), net, pool, World(), torch.device("cpu"), said.append)
+        pseudo_labelled(recipe("data.unlabelled_confidence=1"), net, pool, 10, World(), torch.device("cpu"), said.append)
 
 
 def test_only_the_consistency_term_sees_them():
@@ -103,6 +106,30 @@ def test_every_process_has_whole_blocks():
     with pytest.raises(UserError, match="larger than the 20 training images"):
         check_batch(recipe("train.batch_size=64"), 20, 1)
     check_batch(recipe("train.batch_size=64", "data.unlabelled_share=0.75"), 1000, 4)
+
+
+@pytest.mark.parametrize(
+    ("size", "share", "images", "processes", "said"),
+    [
+        (32, 0.01, 1000, 1, "none of them"),
+        (32, 0.99, 1000, 1, "all of them"),
+        (1, 0.5, 1000, 1, "none of them"),
+        (64, 0.7, 1000, 2, "does not divide"),
+        (24, 0.75, 1000, 4, "does not divide"),  # 24 = 6 + 18 is itself a multiple of 2 x 4
+        (64, 0.5, 20, 3, "larger than"),
+    ],
+)
+def test_the_batch_size_that_is_advised_is_taken(size, share, images, processes, said):
+    asked = ["train.batch_size={}", f"data.unlabelled_share={share}"]
+    with pytest.raises(UserError, match=said) as error:
+        check_batch(recipe(asked[0].format(size), asked[1]), images, processes)
+    advised = int(error.value.hint.partition("train.batch_size=")[2])
+    check_batch(recipe(asked[0].format(advised), asked[1]), images, processes)
+
+
+def test_where_no_batch_fits_it_is_said():
+    with pytest.raises(UserError, match="no batch of these 3 images"):
+        check_batch(recipe("train.batch_size=4"), 3, 4)
 
 
 @pytest.mark.parametrize(("method", "threat"), [(Trades(steps=1), "Linf:8/255"), (Wasserstein(steps=1), "W2-Linf:8/255")])

@@ -17,7 +17,7 @@ from robustify.data import from_tensors
 from robustify.distributed import make_accelerator
 from robustify.events import StepEnd
 from robustify.faults import Preempted, Termination
-from robustify.methods import Wasserstein
+from robustify.methods import FreeAt, Wasserstein
 from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
 from robustify.step import prepare
@@ -27,14 +27,17 @@ from robustify.train import follow, train
 STOP = 5  # in the middle of the second epoch of four steps
 
 
-def run(out: Path, stop: int = 0, resume: bool = False, **settings):
-    """Train two epochs in fp64, from the start or the last checkpoint, to the end or to the step `stop`."""
+def run(out: Path, stop: int = 0, resume: bool = False, free: bool = False, **settings):
+    """Train two epochs in fp64, from the start or the last checkpoint, to the end or to the step `stop`. free: by free-at."""
     net = tiny_net().double()
     net[3].p = 0.0
     layers.select(net, "full", [])
     s = TrainSettings(**{"epochs": 2, "batch_size": 24, "lr": 0.05, "probe_images": 32, "keep": "last", **settings})
     method = Wasserstein(steps=2, adversary={"name": "budget", "images": 50})
-    setup = prepare(PixelModel(net), method, ThreatModel.parse("W2-Linf:8/255"), s, make_accelerator(), "crop-flip", 96)
+    if free:
+        method = FreeAt(replays=2)
+    threat = ThreatModel.parse("Linf:8/255" if free else "W2-Linf:8/255")
+    setup = prepare(PixelModel(net), method, threat, s, make_accelerator(), "crop-flip", 96)
     pairs = [(x.double(), y) for x, y in (toy_data(96), toy_data(64, seed=1), toy_data(64, seed=2))]
     termination = Termination()
 
@@ -53,7 +56,8 @@ def run(out: Path, stop: int = 0, resume: bool = False, **settings):
             follow(training, listen)
     else:
         follow(training, listen)
-    return {"weights": {k: v.clone() for k, v in net.state_dict().items()}, "upsilon": setup.tracker.value}
+    state = {"weights": {k: v.clone() for k, v in net.state_dict().items()}}
+    return state if free else state | {"upsilon": setup.tracker.value}
 
 
 def main(out: Path) -> None:
@@ -65,6 +69,8 @@ def main(out: Path) -> None:
     }
     run(out / "live, stopped", stop=STOP)
     results["live, stopped"] = run(out / "live, stopped", resume=True)
+    run(out / "free, stopped", stop=STOP, free=True, batchnorm="frozen")
+    results["free, stopped"] = run(out / "free, stopped", resume=True, free=True, batchnorm="frozen")
     results["sync"] = run(out / "sync", batchnorm="sync")
     for kind, at, more in (
         ("qsgd", STOP, {"error_feedback": True}),

@@ -22,6 +22,7 @@ def results(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("resume")
     results = {"one": run(folder / "one", batchnorm="frozen"), "one, live": run(folder / "one, live")}
+    results["free, one"] = run(folder / "free, one", free=True, batchnorm="frozen")
     run(folder / "from one", stop=STOP, batchnorm="frozen")
     command = [*LAUNCH, str(Path(__file__).with_name("resume_worker.py")), str(folder)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -49,6 +50,12 @@ def test_another_number_of_processes_goes_on_to_the_same_weights(results, name):
     for whole, resumed in zip(*logs, strict=True):  # the ledger of the budgets included
         numbers = {key: value for key, value in whole.items() if isinstance(value, (int, float))}
         assert {key: resumed[key] for key in numbers} == pytest.approx(numbers, rel=1e-6), whole["step"]
+
+
+def test_the_noise_of_free_at_outlives_a_stop_between_two_replays(results):
+    _, found = results
+    for key, weight in found["free, one"]["weights"].items():
+        assert torch.allclose(found["free, stopped"]["weights"][key].double(), weight.double(), rtol=1e-9, atol=1e-11), key
 
 
 def test_synchronised_statistics_make_two_processes_one_with_live_batchnorm(results):
