@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,7 @@ def export(
     models_dir: str | Path | None = None,
     allow_pickle: bool = False,
     force: bool = False,
+    beside: Callable[[Checkpoint], Mapping[str, str]] | None = None,
     listener: Listener | None = None,
 ) -> Path:
     """Write a model into a new folder in timm's layout, read it back and compare; return the folder's absolute path.
@@ -158,6 +159,7 @@ def export(
     formats: onnx, pt2: written too, compared with the model on images of `data`, else on random ones.
     half: round the weights to half precision; what that costs in accuracy is measured on `n` test images of `data`, clean
     and under PGD-20 of the model's threat, and written to half.json and the card. data: as for `evaluate`.
+    beside: gives more text files by name, made of the model that is exported; asked before anything is written.
     license: of the base model where it is not known. Raises UserError when the model does not survive, when `folder`
     holds something and `force` is false, when half precision has no data, and when the disk is full.
     """
@@ -176,6 +178,7 @@ def export(
     agreed = agreed_license(checkpoint.license, license, checkpoint.base_id)
     checkpoint = dataclasses.replace(checkpoint, license=agreed)
     target = files.new_folder(folder, force)
+    texts = beside(checkpoint) if beside else {}
     images = torch.rand(4, *checkpoint.input_size, generator=torch.Generator().manual_seed(0))
     rounding: tuple[Report, Report] | None = None
     if half and data is None:
@@ -195,6 +198,8 @@ def export(
             save_pair(stage / model_folder.HALF, *rounding)
         if (stage / model_folder.RECIPE).is_file() and (stage / model_folder.REPORT).is_file():
             model_folder.write_card(stage, place=target)
+        for name, text in texts.items():
+            files.write_text(stage / name, text)
 
     return write_model(
         checkpoint,
@@ -206,7 +211,7 @@ def export(
         half=half,
         force=force,
         class_names=config.get("label_names") or (),
-        robustness=config.get("robustness") or {},
+        robustness={k: v for k, v in (config.get("robustness") or {}).items() if k != "formats"},  # of the older files
         finish=finish,
     )
 

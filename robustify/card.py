@@ -14,8 +14,9 @@ import yaml
 from robustify.citations import citations, published_row
 from robustify.compare import compare
 from robustify.errors import UserError
-from robustify.front_matter import attack_name, dataset_name, front_matter
+from robustify.front_matter import WRITTEN, attack_name, dataset_name, front_matter
 from robustify.intervals import percent, percent_interval
+from robustify.methods import METHODS
 from robustify.report import Headline, Report, Row, plain
 from robustify.threat import ThreatModel
 
@@ -79,15 +80,15 @@ def render(
 def update(existing: str, new: str) -> str:
     """Return `existing` with its generated section and front matter as in `new`; everything that a person wrote stays.
 
-    Keys of the front matter that only `existing` has stay, and so do its own tags and data sets. A text without markers
-    gets the new section at its end. Raises UserError when one of the two markers is missing or they are out of order.
+    Of the front matter that is the keys that robustify never writes, and tags but for the methods': what an older model's
+    card says of its license, base and data is not true of another. A text without markers gets the new section at its
+    end. Raises UserError when one of the two markers is missing or they are out of order.
     """
     old_head, old_body = _split(existing)
     new_head, new_body = _split(new)
-    head = {**old_head, **new_head}
-    for key in ("tags", "datasets"):
-        if isinstance(old_head.get(key), list):
-            head[key] = list(dict.fromkeys([*new_head.get(key, []), *old_head[key]]))
+    head = {**{key: value for key, value in old_head.items() if key not in WRITTEN}, **new_head}
+    if isinstance(old_head.get("tags"), list):
+        head["tags"] = list(dict.fromkeys([*new_head["tags"], *(tag for tag in old_head["tags"] if tag not in METHODS)]))
     section = new_body[new_body.index(BEGIN) : new_body.index(END) + len(END)]
     marks = old_body.count(BEGIN), old_body.count(END)
     if marks == (0, 0):

@@ -22,6 +22,10 @@ HUB_LICENSES = {
     *("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "openrail"),
     "unknown",
 }
+WRITTEN = {  # every key that `front_matter` may write
+    *("license", "license_name", "base_model", "base_model_relation", "library_name", "pipeline_tag", "datasets"),
+    *("metrics", "tags", "model-index"),
+}
 HUB_ID = re.compile(r"^\w[\w.-]*/[\w.-]+$")  # OWNER/NAME; the names of other sources have a colon, no slash, or several
 
 

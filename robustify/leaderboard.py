@@ -8,6 +8,7 @@ whose gradients are not zero. What a report shows to be excluded is refused; tha
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
@@ -55,10 +56,21 @@ The forward pass is deterministic, without an optimisation loop, and its gradien
 """
 
 
-def entry(report: Report, paper: Mapping[str, Any]) -> dict[str, Any]:
+def submission(model_id: str, report: Report, paper: Mapping[str, Any], model: str) -> dict[str, str]:
+    """Return the two files of a submission by name. Raises UserError as `entry` does, and for an ID that is no name."""
+    if not re.fullmatch(r"\w[\w.-]*", model_id):
+        raise UserError(f"{model_id!r} is no ID of a model", "letters, digits, _, - and ., such as Doe2026Robust_R18")
+    return {
+        f"{model_id}.json": to_text(entry(report, paper, model)),
+        f"{model_id}-issue.md": issue(model_id, report, paper, model),
+    }
+
+
+def entry(report: Report, paper: Mapping[str, Any], model: str) -> dict[str, Any]:
     """Return the leaderboard's JSON of a new model. Raises UserError for what its rules exclude, all reasons at once.
 
-    report: of the model as it is published. paper: link, name, authors, venue, architecture, additional_data, checkpoint.
+    report: of the model as it is published, whose evaluation.model_digest is `model`. paper: link, name, authors, venue,
+    architecture, additional_data, checkpoint.
     """
     row, reasons = _row(report)
     data = report.data.split(" (")[0]
@@ -69,7 +81,7 @@ def entry(report: Report, paper: Mapping[str, Any]) -> dict[str, Any]:
         reasons.append(f"the images are of the split {report.split}, not test")
     if row is not None:
         reasons += _row_reasons(report, row, data)
-    reasons += _model_reasons(report)
+    reasons += _model_reasons(report, model)
     missing = [key for key in ASKED if paper.get(key) in (None, "")]
     if missing:
         reasons.append(f"the paper's file does not say {', '.join(missing)}")
@@ -97,9 +109,9 @@ def entry(report: Report, paper: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def issue(model_id: str, report: Report, paper: Mapping[str, Any]) -> str:
+def issue(model_id: str, report: Report, paper: Mapping[str, Any], model: str) -> str:
     """Return the text of the issue that asks for the entry."""
-    found = entry(report, paper)
+    found = entry(report, paper, model)
     row = _row(report)[0]
     assert row is not None
     facts = {"id": model_id, "norm": str(row.threat).split(":")[0], "n": f"{row.n:,}", "seed": report.seed}
@@ -147,20 +159,23 @@ def _row_reasons(report: Report, row: Row, data: str) -> list[str]:
     return reasons
 
 
-def _model_reasons(report: Report) -> list[str]:
-    """What the checks of the model found that the rules exclude."""
+def _model_reasons(report: Report, model: str) -> list[str]:
+    """Whether the report is of this model, and what its checks found that the rules exclude."""
+    reasons = []
+    if report.facts.get("model") != model:
+        reasons.append(f"the report is of another model, {report.facts.get('model', 'which it does not name')}, not {model}")
+    if report.facts.get("fast_search"):
+        reasons.append("the attacks searched in bfloat16: measure without --fast-search")
     checks = report.checks
     if not checks:
-        return ["the model was not checked for randomness and zero gradients: measure without --no-checks"]
-    reasons = []
-    for name, what in (
-        ("logits_change_on_repeat", "the forward pass is random: the same images give logits that differ by"),
-        ("logits_change_in_another_batch", "an image's logits depend on the others of its batch: they differ by"),
+        return [*reasons, "the model was not checked for randomness and zero gradients: measure without --no-checks"]
+    for name, most, what, unit in (
+        ("logits_change_on_repeat", RANDOM, "the same images give logits that differ by", "of the largest"),
+        ("logits_change_in_another_batch", 1e-4, "with other images beside it an image's logits differ by", "of the largest"),
+        ("zero_gradients", 0.1, "the gradient is zero on a share of", "of the images checked"),
     ):
-        if checks.get(name, 0) > (RANDOM if name.endswith("repeat") else 1e-4):
-            reasons.append(f"{what} {checks[name]:g} of the largest")
-    if checks.get("zero_gradients", 0) > 0.1:
-        reasons.append(f"the gradient is zero on {100 * checks['zero_gradients']:.0f} % of the images checked")
-    if any("bfloat16" in note for note in report.notes):
-        reasons.append("the attacks searched in bfloat16: measure without --fast-search")
+        if name not in checks:
+            reasons.append(f"the report's checks do not say {name}")
+        elif not checks[name] <= most:
+            reasons.append(f"{what} {checks[name]:g} {unit}")
     return reasons

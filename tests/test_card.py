@@ -225,6 +225,15 @@ def test_update_keeps_what_a_person_wrote():
     ModelCard(text, ignore_metadata_errors=False)
 
 
+def test_update_inherits_nothing_from_another_models_card():
+    older = made(recipe={**RECIPE, "threat": LINF, "method": {"name": "trades"}})
+    data = dataclasses.replace(AFTER, data="folder:birds (0123456789ab)", verdicts={})
+    newer = made(config=config(base_model="digits", license=None), after=data)
+    text = update(older, newer)
+    assert head(text) == head(newer)
+    assert not {"license", "base_model", "datasets"} & head(text).keys()
+
+
 def test_update_of_cards_without_our_section():
     new = made()
     for old in ("# Mine\n", "---\nlicense: mit\nlanguage: de\n---\n# Mine\n", ""):

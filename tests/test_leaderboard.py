@@ -8,8 +8,10 @@ import json
 import pytest
 import yaml
 
+from robustify import api
 from robustify.cli import main
 from robustify.errors import UserError
+from robustify.evaluation import model_digest
 from robustify.leaderboard import entry, issue, read_paper, to_text
 from robustify.report import Report, Row
 
@@ -18,6 +20,9 @@ PAPER = {
     "architecture": "ResNet-18", "additional_data": False, "checkpoint": "https://example.org/me",
 }  # fmt: skip
 WELL = {"logits_change_on_repeat": 0.0, "logits_change_in_another_batch": 1e-6, "zero_gradients": 0.01}
+
+
+MODEL = "0123456789abcdef"
 
 
 def report(**more) -> Report:
@@ -29,11 +34,11 @@ def report(**more) -> Report:
         Row(facts.get("attack", "autoattack"), facts["threat"], n, n * 0.5308, {"version": facts["version"], "left": []}),
     ]
     found = Report("m", facts["data"], facts.get("split", "test"), rows, checks=facts.get("checks", WELL))
-    return dataclasses.replace(found, notes=facts.get("notes", []))
+    return dataclasses.replace(found, facts={"model": MODEL, **facts.get("facts", {})})
 
 
 def test_the_entry_as_the_leaderboard_has_it():
-    found = entry(report(), PAPER)
+    found = entry(report(), PAPER, MODEL)
     assert json.loads(to_text(found)) == {
         "link": "https://arxiv.org/abs/2600.00001",
         "name": "A title",
@@ -49,10 +54,10 @@ def test_the_entry_as_the_leaderboard_has_it():
         "autoattack_acc": "53.08",
         "unreliable": False,
     }
-    text = issue("Doe2026Title", report(), PAPER)
+    text = issue("Doe2026Title", report(), PAPER, MODEL)
     for wanted in ("[New Model] Doe2026Title", "**eps**: 8/255", "84.92 %", "53.08 %", "10,000 test images", "Linf", "false"):
         assert wanted in text
-    assert entry(report(threat="L2:0.5"), PAPER)["eps"] == "0.5"
+    assert entry(report(threat="L2:0.5"), PAPER, MODEL)["eps"] == "0.5"
 
 
 @pytest.mark.parametrize(
@@ -66,15 +71,18 @@ def test_the_entry_as_the_leaderboard_has_it():
         ({"data": "imagenet (0123456789ab)"}, "5,000 images of its own choice"),
         ({"split": "val"}, "the split val"),
         ({"checks": {}}, "without --no-checks"),
-        ({"checks": {**WELL, "logits_change_on_repeat": 0.01}}, "the forward pass is random"),
-        ({"checks": {**WELL, "logits_change_in_another_batch": 0.01}}, "the others of its batch"),
-        ({"checks": {**WELL, "zero_gradients": 0.4}}, "zero on 40 % of the images"),
-        ({"notes": ["Pointwise attacks searched in bfloat16; every verdict is in full precision."]}, "--fast-search"),
+        ({"checks": {**WELL, "logits_change_on_repeat": 0.01}}, "the same images give logits that differ by 0.01"),
+        ({"checks": {**WELL, "logits_change_in_another_batch": 0.01}}, "other images beside it"),
+        ({"checks": {**WELL, "zero_gradients": 0.4}}, "zero on a share of 0.4"),
+        ({"checks": {k: v for k, v in WELL.items() if k != "zero_gradients"}}, "do not say zero_gradients"),
+        ({"facts": {"fast_search": True}}, "--fast-search"),
+        ({"facts": {"model": "fedcba9876543210"}}, f"of another model, fedcba9876543210, not {MODEL}"),
+        ({"facts": {"model": None}}, "of another model"),
     ],
 )
 def test_what_the_rules_exclude_is_refused(change, reason):
     with pytest.raises(UserError) as caught:
-        entry(report(**change), PAPER)
+        entry(report(**change), PAPER, MODEL)
     assert reason in caught.value.message
     assert caught.value.message.count("\n") == 1
     assert "--attack autoattack" in caught.value.hint
@@ -82,11 +90,11 @@ def test_what_the_rules_exclude_is_refused(change, reason):
 
 def test_all_reasons_at_once_and_what_no_report_knows():
     with pytest.raises(UserError) as caught:
-        entry(report(n=50, split="val"), {**PAPER, "venue": "", "authors": None})
+        entry(report(n=50, split="val"), {**PAPER, "venue": "", "authors": None}, MODEL)
     assert caught.value.message.count("\n  - ") == 3
     assert "does not say authors, venue" in caught.value.message
     with pytest.raises(UserError, match="neither true nor false"):
-        entry(report(), {**PAPER, "additional_data": "no"})
+        entry(report(), {**PAPER, "additional_data": "no"}, MODEL)
 
 
 def test_the_paper_is_read_from_a_file(tmp_path):
@@ -100,21 +108,27 @@ def test_the_paper_is_read_from_a_file(tmp_path):
         assert "architecture: ..." in caught.value.hint
 
 
-def test_an_export_brings_both_files(tmp_path, monkeypatch, capsys):
+def test_an_export_brings_both_files_of_the_model_that_was_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "paper.yaml").write_text(yaml.safe_dump(PAPER))
 
-    def export(*arguments: str) -> int:
+    def export(source: str, *arguments: str, name: str = "Doe2026Title") -> int:
         with pytest.raises(SystemExit) as stop:
-            main(["export", "digits", "out", "--robustbench", "Doe2026Title", *arguments])
+            main(["export", source, "out", "--robustbench", name, *arguments])
         return int(stop.value.code or 0)
 
-    report(n=100).save("few.json")
-    assert export("--report", "few.json", "--paper", "paper.yaml") == 2
-    assert export() == 2
+    given = ("--report", "full.json", "--paper", "paper.yaml")
+    assert export("digits") == 2
     assert "needs --report and --paper" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
     report().save("full.json")
-    assert export("--report", "full.json", "--paper", "paper.yaml") == 0
+    assert export("digits", *given) == 2
+    assert "of another model" in capsys.readouterr().err
+    report(facts={"model": model_digest(api.load("digits").model)}).save("full.json")
+    assert export("digits", *given, "--half") == 2
+    assert "--half rounds the weights" in capsys.readouterr().err
+    assert export("digits", *given, name="../elsewhere") == 2
+    assert "no ID" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert export("digits", *given) == 0
     assert json.loads((tmp_path / "out" / "Doe2026Title.json").read_text())["autoattack_acc"] == "53.08"
     assert "[New Model] Doe2026Title" in (tmp_path / "out" / "Doe2026Title-issue.md").read_text()

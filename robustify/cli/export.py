@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from robustify.errors import UserError
 
 if TYPE_CHECKING:
     from robustify.recipe import Recipe
+    from robustify.sources.checkpoint import Checkpoint
 
 
 def run(
@@ -52,7 +54,7 @@ def run(
     with console.status("loading torch"):
         from robustify import api, files
     files.new_folder(folder, force)
-    submission = _submission(robustbench, report, paper)
+    submission = _submission(robustbench, report, paper, half)
     recipe = evaluate.recipe_of(source)
     with console.Watch() as watch:
         images = None
@@ -73,10 +75,9 @@ def run(
             models_dir=models_dir,
             allow_pickle=allow_pickle,
             force=force,
+            beside=submission,
             listener=watch,
         )
-    for name, text in submission.items():
-        files.write_text(target / name, text)
     following = shlex.join(["robustify", "evaluate", str(folder), *_data_flag(recipe, data, target)])
     if as_json:
         names = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
@@ -86,21 +87,23 @@ def run(
     console.result(f"next: {following}")
 
 
-def _submission(model_id: str | None, report: Path | None, paper: Path | None) -> dict[str, str]:
-    """RobustBench's files by name; none when they are not asked for. Raises UserError for what it would not take."""
-    from robustify import leaderboard
+def _submission(
+    model_id: str | None, report: Path | None, paper: Path | None, half: bool
+) -> Callable[[Checkpoint], dict[str, str]] | None:
+    """What makes RobustBench's files by name; None when they are not asked for. Raises UserError for what lacks."""
+    from robustify import evaluation, leaderboard
     from robustify.report import Report
 
     if model_id is None:
-        return {}
+        return None
+    if half:
+        hint = "export without --half; or export with it, evaluate that folder, and export it anew with --robustbench"
+        raise UserError("--half rounds the weights, so --report is not of the model that is written", hint)
     if report is None or paper is None:
         hint = "--report REPORT of a full AutoAttack, --paper FILE with what no report knows; docs/export.md shows both"
         raise UserError("--robustbench needs --report and --paper", hint)
     measured, facts = Report.load(report), leaderboard.read_paper(paper)
-    return {
-        f"{model_id}.json": leaderboard.to_text(leaderboard.entry(measured, facts)),
-        f"{model_id}-issue.md": leaderboard.issue(model_id, measured, facts),
-    }
+    return lambda made: leaderboard.submission(model_id, measured, facts, evaluation.model_digest(made.model))
 
 
 def _data_flag(recipe: Recipe | None, data: str | None, target: Path) -> list[str]:
