@@ -14,7 +14,10 @@ from robustify.errors import UserError, nearest
 from robustify.pixels import PixelModel
 from robustify.sources import hub, transformers, weights
 from robustify.sources.checkpoint import CUSTOM, Checkpoint
-from robustify.sources.options import AS_IT_IS, Options
+from robustify.sources.options import AS_IT_IS, Options, refuse_loading
+
+# what a description says about where timm would fetch weights; they are read from the folder alone
+FETCHED = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "custom_load")
 
 
 def is_model(folder: Path) -> bool:
@@ -57,6 +60,7 @@ def assemble(
     if not isinstance(own, int) or own < 1:
         raise UserError(f"{origin} does not say how many classes the model has", 'add "num_classes": 10')
     args = {**(config.get("model_args") or {}), **options.args}
+    refuse_loading(args, origin)
     net = _build(arch, cfg, origin, own, args, options)
     described = vars(net)["default_cfg"]
     size = tuple(described["input_size"])
@@ -125,13 +129,13 @@ def _build(
         message = f"timm {timm.__version__} has no architecture {arch!r}.{nearest(arch, timm.list_models())}"
         hint = f"see {origin}; a newer timm may know it: pip install -U timm"
         raise UserError(message, hint)
-    known = {field.name for field in dataclasses.fields(PretrainedCfg)}
+    known = {field.name for field in dataclasses.fields(PretrainedCfg)} - set(FETCHED)
     usual = get_pretrained_cfg(arch) or PretrainedCfg()
     said = {name: value for name, value in cfg.items() if name in known and value is not None}
     both: dict[str, Any] = usual.to_dict(remove_source=True) | said | {"num_classes": num_classes}
     both["input_size"] = options.input_size(tuple(both["input_size"]))
     try:
-        return timm.create_model(arch, num_classes=num_classes, pretrained_cfg=both, **args)
+        return timm.create_model(arch, pretrained=False, num_classes=num_classes, pretrained_cfg=both, **args)
     except (TypeError, ValueError, AssertionError) as error:
         message = f"{arch} cannot be built with the arguments {args} (images {both['input_size']}): {error}"
         raise UserError(message, f'see "model_args" in {origin}, or what stands behind its name') from error

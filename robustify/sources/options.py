@@ -67,6 +67,23 @@ def split(source: str) -> tuple[str, dict[str, Any]]:
     return name, told | ({"args": given} if given else {})
 
 
+# what timm.create_model takes beside the architecture's own arguments: it would open files, pickles too, and addresses
+LOADING = (
+    "pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "scriptable", "exportable",
+)  # fmt: skip
+
+
+def refuse_loading(args: Mapping[str, Any], origin: object) -> None:
+    """Raise a UserError when the arguments of an architecture would have timm load weights, past robustify's own reader.
+
+    origin: where the arguments stand.
+    """
+    found = [name for name in LOADING if name in args]
+    if found:
+        hint = "leave it out: weights are read from the model's own file, or from one named as FILE:arch=NAME"
+        raise UserError(f"{origin}: {found[0]} is no argument of an architecture", hint)
+
+
 def _checked(key: str, value: Any) -> Any:
     """Return an option's value in the type of its field. Raises UserError."""
     if key == "arch" and isinstance(value, str):

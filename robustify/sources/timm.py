@@ -9,7 +9,7 @@ from robustify.errors import UserError, nearest
 from robustify.pixels import PixelModel
 from robustify.sources import hub, local, transformers, weights
 from robustify.sources.checkpoint import Checkpoint
-from robustify.sources.options import Options
+from robustify.sources.options import Options, refuse_loading
 
 
 def exists(name: str) -> bool:
@@ -38,6 +38,7 @@ def load(name: str, options: Options) -> Checkpoint:
     import timm
 
     name = name.removeprefix("timm/")
+    refuse_loading(options.args, f"timm:{name}")
     cfg = _cfg(name)
     arch = name.split(".")[0]
     own = int(cfg.get("num_classes") or 0)

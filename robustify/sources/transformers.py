@@ -48,6 +48,7 @@ def _library() -> Any:
 def build(config: Mapping[str, Any], num_classes: int | None = None, in_chans: int = 3) -> Logits:
     """Return the network that a config.json of transformers describes, with random weights. Raises UserError."""
     library = _library()
+    _refuse_loading(config)
     try:
         described = library.AutoConfig.for_model(**config)
         if num_classes not in (None, described.num_labels):
@@ -55,6 +56,15 @@ def build(config: Mapping[str, Any], num_classes: int | None = None, in_chans: i
         return Logits(library.AutoModelForImageClassification.from_config(described)).eval()
     except (ValueError, KeyError, TypeError) as error:
         raise _no_classifier(config, error) from error
+
+
+def _refuse_loading(config: Any) -> None:
+    """Raise a UserError when the description has transformers ask timm for weights, of which some are pickles."""
+    for key, value in config.items() if isinstance(config, Mapping) else ():
+        if value and key in ("checkpoint_path", "pretrained", "use_pretrained_backbone"):
+            hint = "leave it out: the weights are read from the folder's own file"
+            raise UserError(f"the model's config.json asks for other weights: {key} = {value!r}", hint)
+        _refuse_loading(value)
 
 
 def _no_classifier(config: Mapping[str, Any], error: Exception) -> UserError:
@@ -81,6 +91,7 @@ def load(folder: Path, options: Options, *, base_id: str | None = None) -> Check
     """Return the model of a folder that transformers wrote. Raises UserError."""
     library = _library()
     config = {**json.loads((folder / "config.json").read_text(encoding="utf8")), **options.args}
+    _refuse_loading(config)
     own = len(config.get("id2label") or ()) or config.get("num_labels") or 2  # transformers' default is 2
     classes = options.num_classes or own
     net: Any = _filled(library, folder, classes, options) if options.pretrained else build(config, classes).net

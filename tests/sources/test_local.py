@@ -12,6 +12,7 @@ from source_folders import write_folder
 
 from robustify import sources
 from robustify.errors import UserError
+from robustify.sources import transformers
 
 
 def edit(folder, **changes):
@@ -105,3 +106,43 @@ def test_missing_key(digits_folder):
     save_file(state, digits_folder / "model.safetensors")
     with pytest.raises(UserError, match=r"missing \(fc.bias\)"):
         sources.load(str(digits_folder))
+
+
+class Runs:
+    """A pickle that makes a file when it is opened."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return (open, (str(self.trace), "w"))
+
+
+@pytest.mark.parametrize("where", ["model_args", "pretrained", "cfg", "words", "timm", "bare"])
+def test_a_description_runs_no_pickle(tmp_path, where):
+    folder = write_folder(tmp_path / "net", "resnet10t", 5, {"input_size": [3, 32, 32]})
+    save_file(timm.create_model("resnet10t", num_classes=5).state_dict(), folder / "model.safetensors")
+    trace, bad = tmp_path / "trace", tmp_path / "bad.pth"
+    torch.save({"state_dict": Runs(trace)}, bad)
+    source = str(folder)
+    if where == "model_args":
+        edit(folder, model_args={"checkpoint_path": str(bad)})
+    elif where == "pretrained":
+        edit(folder, model_args={"pretrained": True}, pretrained_cfg={"file": str(bad), "input_size": [3, 32, 32]})
+    elif where == "cfg":
+        edit(folder, pretrained_cfg={"file": str(bad), "url": bad.as_uri(), "source": "file", "custom_load": True})
+        assert sources.load(source).num_classes == 5
+        assert not trace.exists()
+        return
+    else:
+        before = {"words": source, "timm": "timm:resnet10t", "bare": f"{folder / 'model.safetensors'}:arch=resnet10t"}
+        source = f"{before[where]}{',' if where == 'bare' else ':'}checkpoint_path={bad}"
+    with pytest.raises(UserError, match=r"(checkpoint_path|pretrained) is no argument"):
+        sources.load(source, pretrained=where != "timm")
+    assert not trace.exists()
+
+
+def test_a_description_of_transformers_names_no_other_weights():
+    args = {"config": {"model_type": "timm_wrapper", "model_args": {"checkpoint_path": "bad.pth"}}}
+    with pytest.raises(UserError, match="asks for other weights: checkpoint_path"):
+        transformers._refuse_loading(args)
