@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from robustify.methods.base import replays
 from robustify.methods.remedies import Remedy, next_remedy
 from robustify.schedules import OWN_START, Accelat, Kind
 from robustify.settings import Settings
+from robustify.sources import names_code
 from robustify.threat import ThreatModel
 
 Origins = dict[str, str]
@@ -286,7 +288,7 @@ def resolve(
     """Read a recipe and lay the command line over it.
 
     name: file or name of a recipe, or None. flags: dotted keys and values, `None` meaning not given. settings: `key=value`
-    texts. Later ones win. run: the recipe that the model came from; without a recipe here its data, threat and method are
+    texts. Later ones win; what runs code (`model.allow_pickle`, a function as `model.source`) is taken from these two alone. run: the recipe that the model came from; without a recipe here its data, threat and method are
     kept where nothing else is said. Raises one UserError that lists every mistake.
     """
     values: dict[str, Any] = {}
@@ -308,6 +310,7 @@ def resolve(
         if not equals:
             raise UserError(f"--set {text!r} is not of the form key=value", "for instance --set method.beta=3")
         given[key.strip()] = _read(value)
+    _runs_no_code(name, values, given)
     if run is not None and not name:
         kept = run.to_dict()
         values = {"threat": kept["threat"], "method": kept["method"]}
@@ -323,6 +326,20 @@ def resolve(
     recipe = build(values)
     every = _leaves(recipe.to_dict())
     return Resolved(recipe, {key: origins.get(key, "default") for key in every})
+
+
+def _runs_no_code(name: str | None, values: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise UserError when a recipe's file, not the command line, would have code executed: it may come from anyone."""
+    model = values.get("model")
+    if not isinstance(model, Mapping):
+        return
+    if model.get("allow_pickle") and "model.allow_pickle" not in given:
+        message = f"recipe {name} sets model.allow_pickle, which would run the code that a weight file may hold"
+        raise UserError(message, "if you trust the file, say so yourself: --allow-pickle; a recipe cannot")
+    source = model.get("source")
+    if isinstance(source, str) and "model.source" not in given and names_code(source):
+        message = f"recipe {name} names code to run: {source}"
+        raise UserError(message, f"if you trust it, name it yourself: --model {shlex.quote(source)}")
 
 
 def build(values: Mapping[str, Any]) -> Recipe:

@@ -153,3 +153,28 @@ def test_a_section_of_the_wrong_kind_is_refused(tmp_path):
     with pytest.raises(UserError, match="not valid"):
         resolve(str(file), {})
     assert resolve(str(file), {"method.name": "trades"}).recipe.method.name == "trades"
+
+
+@pytest.mark.parametrize(
+    "model", ["mynets:make", "{source: w.pt, allow_pickle: true}", "'w.pt:arch=mynets:make'", "'mynets:make:depth=2'"]
+)
+def test_a_recipes_file_cannot_have_code_run(tmp_path, model):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"model: {model}\n")
+    pickle = "allow_pickle" in model
+    with pytest.raises(UserError, match="sets model.allow_pickle" if pickle else "names code to run") as error:
+        resolve(str(file))
+    assert ("--allow-pickle" if pickle else "--model") in str(error.value.hint)
+    source = "w.pt" if pickle else "mynets:make"
+    flags = {"model.allow_pickle": True} if pickle else {"model.source": source}
+    recipe = resolve(str(file), flags).recipe
+    assert (recipe.model.source, recipe.model.allow_pickle) == (source, pickle)
+    # the recipe that the run writes down is continued by the same command, whose flags say so again
+    file.write_text(recipe.to_yaml())
+    assert resolve(str(file), flags).recipe.digest == recipe.digest
+
+
+@pytest.mark.parametrize("source", ["timm:resnet18", "torchvision:resnet50", "robustbench:Zhang2019", "runs/mine", "digits"])
+def test_a_recipes_file_names_a_model(tmp_path, source):
+    (tmp_path / "mine.yaml").write_text(f"model: {source}\n")
+    assert resolve(str(tmp_path / "mine.yaml")).recipe.model.source == source

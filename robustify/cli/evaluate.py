@@ -184,7 +184,8 @@ def recipe_of(source: str) -> Recipe | None:
     folder = Path(split(source)[0].removeprefix("local-dir:")).expanduser()
     for place in (folder, folder.resolve().parent):
         if (place / "recipe.yaml").is_file() and (place / "model").is_dir():
-            return resolve(str(place / "recipe.yaml")).recipe
+            # its data and threat are asked for; whether pickles may run, this command's own flag says
+            return resolve(str(place / "recipe.yaml"), {"model.allow_pickle": False, "model.source": source}).recipe
     return None
 
 

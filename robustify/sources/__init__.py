@@ -89,6 +89,12 @@ def load(
     return replace(checkpoint, model=PixelModel(there.net, mean, std).eval())
 
 
+def names_code(source: str) -> bool:
+    """Return whether loading `source` would import a function of the user's own. Raises UserError."""
+    name, told = split(source)
+    return python.is_name(told.get("arch", "")) or (name.partition(":")[0] not in SOURCES and python.is_name(name))
+
+
 def _resolve(
     source: str, dataset: str | None, threat: str | None, models_dir: Path | None
 ) -> Callable[[Options], Checkpoint]:

@@ -25,7 +25,8 @@ def is_name(text: str) -> bool:
 def build(name: str, options: Options) -> nn.Module:
     """Call `module:function` with the options' arguments and return the network. Raises UserError.
 
-    This runs the user's code, who named it; a name that stands in a file never gets here.
+    This runs the user's code, who named it on the command line or in Python; a config.json cannot, and a recipe's file is
+    refused by recipe.resolve.
     """
     module_name, _, function_name = name.partition(":")
     if os.getcwd() not in sys.path:  # as `python -m` would have it
