@@ -132,6 +132,8 @@ def _pair(before: Report, after: Report) -> Comparison:
             f"{', '.join(row.key for row in before.rows)} against {', '.join(theirs)}: evaluate both with one --attack",
         )
     found = [_difference(before, after, a, b) for a, b in shared]
+    keys = {row.key for row, _ in shared}  # a worst case over other attacks on either side would be no comparison
+    before, after = _only(before, keys), _only(after, keys)
     for threat in (threat for threat in before.threats if threat in after.threats):
         was, now = before.headline(threat), after.headline(threat)
         if max(len(was.attacks), len(now.attacks)) == 1:
@@ -149,6 +151,13 @@ def _pair(before: Report, after: Report) -> Comparison:
         assert other is not None
         found.append(_of_verdicts("worst case", was.threat, held, other))
     return Comparison(before.model_id, after.model_id, n, tuple(found))
+
+
+def _only(report: Report, keys: set[str]) -> Report:
+    """The report without the rows that the other one lacks."""
+    if all(row.key in keys for row in report.rows):
+        return report
+    return dataclasses.replace(report, rows=tuple(row for row in report.rows if row.key in keys), headlines=())
 
 
 def _size(report: Report) -> int:

@@ -323,6 +323,9 @@ def resolve(
         origins[key] = "command line"
     if "model" not in values:
         raise UserError("no model", "name one: robustify finetune --model Zhang2019, or a recipe: robustify ls recipes")
+    if "data" not in values and _source(values["model"]) in ("digits", "digits-cnn"):
+        values["data"] = {"name": "digits"}  # CIFAR-10, the default, would be a hundred megabytes for nothing
+        origins["data.name"] = "the model's own"
     recipe = build(values)
     every = _leaves(recipe.to_dict())
     return Resolved(recipe, {key: origins.get(key, "default") for key in every})
@@ -340,6 +343,10 @@ def _runs_no_code(name: str | None, values: Mapping[str, Any], given: Mapping[st
     if isinstance(source, str) and "model.source" not in given and names_code(source):
         message = f"recipe {name} names code to run: {source}"
         raise UserError(message, f"if you trust it, name it yourself: --model {shlex.quote(source)}")
+
+
+def _source(model: Any) -> Any:
+    return model.get("source") if isinstance(model, Mapping) else model
 
 
 def build(values: Mapping[str, Any]) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -130,3 +131,16 @@ def test_reports_of_several_norms_are_compared_in_their_union():
     (found,) = compare([report([1, 0, 0, 0], [0, 1, 0, 0]), report([1, 1, 0, 0], [1, 1, 1, 0])])
     last = found.differences[-1]
     assert (last.attack, last.threat, last.before, last.after) == ("worst case", "Linf:0.1 and L1:2", 0.0, 0.5)
+
+
+def test_the_worst_case_is_over_attacks_that_both_were_measured_with():
+    strong = report("a", 0)
+    half = np.arange(strong.rows[0].n) % 2 == 0
+    fgsm = Row("fgsm", "Linf:8/255", len(half), int(half.sum()))
+    verdicts = {**strong.verdicts, "fgsm Linf:8/255": half}
+    clean, pgd, _ = strong.rows
+    strong = dataclasses.replace(strong, rows=(clean, pgd, fgsm), verdicts=verdicts)
+    weak = dataclasses.replace(strong, model_id="b", rows=(clean, fgsm))
+    (found,) = compare([strong, weak])
+    assert [d.attack for d in found.differences] == ["clean", "fgsm"]
+    assert [d.difference for d in found.differences] == [0.0, 0.0]

@@ -33,7 +33,7 @@ def run(tmp_path) -> Path:
 
 def robustify(hub: Hub, *arguments, **environment) -> subprocess.CompletedProcess:
     """The real command in a process of its own, whose hub is the stand-in."""
-    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
     settings["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     command = [sys.executable, "-m", "robustify", *map(str, arguments)]
     return subprocess.run(
@@ -61,7 +61,7 @@ def test_what_is_published_loads_from_the_hub(hub, run, tmp_path):
         "x = torch.rand(2, 3, 32, 32)\n"
         "assert torch.equal(there(x), here(x))"
     )
-    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path / "cache")}
+    environment = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path / "cache")}
     subprocess.run([sys.executable, "-c", code, str(run)], check=True, env={**os.environ, **environment})
 
 

@@ -178,3 +178,9 @@ def test_a_recipes_file_cannot_have_code_run(tmp_path, model):
 def test_a_recipes_file_names_a_model(tmp_path, source):
     (tmp_path / "mine.yaml").write_text(f"model: {source}\n")
     assert resolve(str(tmp_path / "mine.yaml")).recipe.model.source == source
+
+
+def test_the_digits_network_is_hardened_on_digits():
+    assert resolve(None, {"model.source": "digits"}).recipe.data.name == "digits"
+    assert resolve(None, {"model.source": "digits", "data.name": "npz:a.npz"}).recipe.data.name == "npz:a.npz"
+    assert resolve(None, {"model.source": "Zhang2019"}).recipe.data.name == "cifar10"
