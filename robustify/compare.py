@@ -157,7 +157,9 @@ def _only(report: Report, keys: set[str]) -> Report:
     """The report without the rows that the other one lacks."""
     if all(row.key in keys for row in report.rows):
         return report
-    return dataclasses.replace(report, rows=tuple(row for row in report.rows if row.key in keys), headlines=())
+    rows = tuple(row for row in report.rows if row.key in keys)
+    verdicts, distances = ({k: v for k, v in of.items() if k in keys} for of in (report.verdicts, report.distances))
+    return dataclasses.replace(report, rows=rows, verdicts=verdicts, distances=distances, headlines=())
 
 
 def _size(report: Report) -> int:
