@@ -288,8 +288,9 @@ def resolve(
     """Read a recipe and lay the command line over it.
 
     name: file or name of a recipe, or None. flags: dotted keys and values, `None` meaning not given. settings: `key=value`
-    texts. Later ones win; what runs code (`model.allow_pickle`, a function as `model.source`) is taken from these two alone. run: the recipe that the model came from; without a recipe here its data, threat and method are
-    kept where nothing else is said. Raises one UserError that lists every mistake.
+    texts. Later ones win; what runs code (`model.allow_pickle`, a function as `model.source`) is taken from these two
+    alone. run: the recipe that the model came from; without a recipe here its data, threat and method are kept where
+    nothing else is said. Raises one UserError that lists every mistake.
     """
     values: dict[str, Any] = {}
     origins: Origins = {}

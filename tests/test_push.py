@@ -33,8 +33,8 @@ def run(tmp_path) -> Path:
 
 def robustify(hub: Hub, *arguments, **environment) -> subprocess.CompletedProcess:
     """The real command in a process of its own, whose hub is the stand-in."""
-    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
-    settings["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    settings |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-m", "robustify", *map(str, arguments)]
     return subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, **settings, **environment}
