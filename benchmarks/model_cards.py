@@ -13,7 +13,7 @@ from pathlib import Path
 from robustify.api import export
 from robustify.console import Watch
 from robustify.pipeline import finetune
-from robustify.recipe import resolve
+from robustify.resolve import resolve
 
 RECIPES = {"digits-cnn": "digits-standard", "cifar10-resnet2b2": "cifar10-resnet2b2"}
 ABOUT = {  # what a card says below its generated section, once

@@ -64,6 +64,7 @@ LAYERS = [
     },  # what feeds a run
     {
         "recipe",
+        "resolve",
         "schedules",
         "distributed",
         "events",

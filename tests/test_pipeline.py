@@ -19,8 +19,8 @@ from robustify.events import EpochEnd, Exported, Measured, Planned, StepEnd
 from robustify.memory import memory_explained
 from robustify.pipeline import finetune, harden
 from robustify.plan import plan
-from robustify.recipe import resolve
 from robustify.report import load_pair
+from robustify.resolve import resolve
 
 QUICK = ["train.epochs=2", "eval.n=100", "eval.attacks=[clean, fgsm]", "train.probe_images=32", "method.steps=2"]
 
@@ -120,7 +120,7 @@ def test_an_unfinished_run_of_another_recipe_is_not_continued(tmp_path):
 SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
-from robustify.recipe import resolve
+from robustify.resolve import resolve
 from robustify.pipeline import finetune
 finetune(resolve("quickstart", {}, sys.argv[2:]).recipe, sys.argv[1])
 """

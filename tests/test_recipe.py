@@ -5,7 +5,8 @@ import yaml
 
 from robustify import shelf
 from robustify.errors import UserError
-from robustify.recipe import build, resolve
+from robustify.recipe import build
+from robustify.resolve import resolve
 
 
 def test_flags_win_over_the_recipe_and_origins_are_told(tmp_path):

@@ -15,7 +15,8 @@ from robustify.methods import Trades, Wasserstein
 from robustify.methods.consistency import trades_loss
 from robustify.order import Pool, check_batch, interleaved, pool_lists
 from robustify.pixels import PixelModel
-from robustify.recipe import TrainSettings, resolve
+from robustify.recipe import TrainSettings
+from robustify.resolve import resolve
 from robustify.step import prepare
 from robustify.threat import ThreatModel
 from robustify.train import follow, train

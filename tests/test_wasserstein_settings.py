@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from robustify.errors import UserError
-from robustify.recipe import build, resolve
+from robustify.recipe import build
+from robustify.resolve import resolve
 
 
 @pytest.mark.parametrize(

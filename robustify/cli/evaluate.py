@@ -178,7 +178,7 @@ def load(
 
 def recipe_of(source: str) -> Recipe | None:
     """Return the recipe of the run that the source is the folder of, or its model/; else None."""
-    from robustify.recipe import resolve
+    from robustify.resolve import resolve
     from robustify.sources.options import split
 
     folder = Path(split(source)[0].removeprefix("local-dir:")).expanduser()

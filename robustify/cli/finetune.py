@@ -18,8 +18,8 @@ from robustify.errors import UserError
 from robustify.intervals import percent
 
 if TYPE_CHECKING:
-    from robustify.recipe import Resolved
     from robustify.report import Report
+    from robustify.resolve import Resolved
 
 
 def run(
@@ -87,7 +87,7 @@ def run(
         from robustify import pipeline
         from robustify.launch import Layout, launched, read_config, relaunch
         from robustify.plan import plan
-        from robustify.recipe import resolve
+        from robustify.resolve import resolve
     flags: dict[str, Any] = {
         "model.source": model,
         "model.num_classes": num_classes,

@@ -26,7 +26,7 @@ def build(name: str, options: Options) -> nn.Module:
     """Call `module:function` with the options' arguments and return the network. Raises UserError.
 
     This runs the user's code, who named it on the command line or in Python; a config.json cannot, and a recipe's file is
-    refused by recipe.resolve.
+    refused by resolve.resolve.
     """
     module_name, _, function_name = name.partition(":")
     if os.getcwd() not in sys.path:  # as `python -m` would have it

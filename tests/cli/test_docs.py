@@ -12,7 +12,7 @@ import typer
 
 from robustify.attacks import AttackSpec
 from robustify.cli import app
-from robustify.recipe import resolve
+from robustify.resolve import resolve
 from robustify.threat import ThreatModel
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from robustify.errors import UserError
 from robustify.methods import MultiNorm, withstood
 from robustify.modes import Nets, borrowed
-from robustify.recipe import resolve
+from robustify.resolve import resolve
 from robustify.rng import Draws, mix
 from robustify.threat import ThreatModel, norms, sparse_steepest, steepest
 
