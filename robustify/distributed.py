@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from robustify.errors import UserError
 
+NOTICEABLE = 0.05  # seconds of work a step; less of it differs between processes by chance
+
 
 def time_limit() -> int:
     """Seconds that a process waits for the others, when they start and when they exchange: ROBUSTIFY_TIMEOUT, or 1800."""
@@ -143,15 +145,18 @@ class World:
         yield
         self.waited += time.perf_counter() - begin
 
-    def slow_process(self) -> str | None:
-        """On the main process, name a process whose own work took over half longer than the median's; begin anew."""
+    def slow_process(self, steps: int) -> str | None:
+        """On the main process, name a process whose own work in so many steps took over half longer than the median's.
+
+        Begins anew. Work of less than NOTICEABLE seconds a step, or none that `working` has timed, tells nothing.
+        """
         worked, self.worked = self.worked, 0.0
         found = self.gather_on_main((worked, self.rank, socket.gethostname()))
         if found is None or self.size == 1:
             return None
         slowest, rank, host = max(found)
         usual = sorted(found)[(self.size - 1) // 2][0]
-        if slowest <= 1.5 * usual:
+        if usual < NOTICEABLE * steps or slowest <= 1.5 * usual:
             return None
         return f"process {rank} on {host} takes {slowest / usual:.1f} times as long as the others, which wait for it"
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from robustify.losses import LOSSES, Loss
 from robustify.modes import borrowed
-from robustify.rng import Draws, mix
+from robustify.rng import Draws
 from robustify.threat import Norm, ThreatModel, dual_norms, uniform_in_ball
 
 
@@ -42,19 +42,19 @@ def gradient_norms(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], l
 
 
 def gradient_alignment(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], threat: ThreatModel, seed: int
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Draws]], threat: ThreatModel
 ) -> Tensor:
     """Return cos(grad_x J(x), grad_x J(x + noise)) for every image, noise uniform in the ball, [N] on the CPU.
 
-    nan where there is no slope. It falls towards 0 in catastrophic overfitting: the loss bends within the ball, and one step
-    no longer finds its peak
+    batches: images, labels and where each batch's noise comes from. nan where there is no slope. It falls towards 0 in
+    catastrophic overfitting: the loss bends within the ball, and one step no longer finds its peak
     (Andriushchenko and Flammarion 2020, arXiv 2007.02617, section 4). Costs two forward and two backward passes to the
     input per image.
     """
     found = []
     with borrowed(model):
-        for number, (x, y) in enumerate(batches):
-            beside = (x + uniform_in_ball(x, threat.norm, threat.eps, Draws(mix(seed, number), x.device))).clamp(0, 1)
+        for x, y, draws in batches:
+            beside = (x + uniform_in_ball(x, threat.norm, threat.eps, draws)).clamp(0, 1)
             here, there = (
                 input_gradient(model, at, lambda logits, y=y: LOSSES["ce"](logits, y))[0].flatten(1).double()
                 for at in (x, beside)  # in double: the slope at a certain prediction has no square in float

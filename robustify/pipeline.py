@@ -31,9 +31,9 @@ from robustify.memory import memory_explained
 from robustify.methods import withstood
 from robustify.model_folder import write_card
 from robustify.modes import borrowed
-from robustify.order import Pool, check_batch
+from robustify.order import Pool
 from robustify.pixels import PixelModel
-from robustify.plan import passes_per_image, planned
+from robustify.plan import check_run, passes_per_image, planned
 from robustify.recipe import Recipe, build
 from robustify.report import Report, save_pair
 from robustify.runs import begin_run, clear_state, flat, open_run
@@ -183,7 +183,7 @@ def _run(
     world = World(accelerator)
     model = checkpoint.model.to(accelerator.device)
     data = data.to(accelerator.device)
-    world.on_main(lambda: check_batch(recipe, len(data.train), world.size))
+    world.on_main(lambda: check_run(recipe, model, data, world.size))
     same_everywhere(world, data)
     gate(recipe, checkpoint, data, world, tell)
     pool = read_pool(recipe, data) if recipe.data.unlabelled else None

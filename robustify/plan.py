@@ -17,22 +17,38 @@ from robustify.inputs import augmentation, gate, load_inputs, normalised, prepar
 from robustify.memory import memory_explained
 from robustify.methods.base import replays
 from robustify.order import check_batch, labelled_of
+from robustify.pixels import PixelModel
 from robustify.recipe import Recipe
 from robustify.sensitivity import UpsilonTracker
 from robustify.sources import Checkpoint
-from robustify.step import prepare, take_step
+from robustify.step import check_derivatives, prepare, take_step
+from robustify.train import check_held_out
+from robustify.unlabelled import read_pool
 
 
-def plan(recipe: Recipe, *, listener: Listener | None = None) -> dict[str, Any]:
-    """Load everything, check it, run one batch and return the plan: what `--dry-run` prints. Writes nothing."""
+def plan(recipe: Recipe, *, processes: int = 1, listener: Listener | None = None) -> dict[str, Any]:
+    """Load everything, check it, run one batch and return the plan: what `--dry-run` prints. Writes nothing.
+
+    processes: that the run is to have; the batch is run on this one.
+    """
     listener = listener or (lambda event: None)
     accelerator = make_accelerator(recipe.train.precision)
     with memory_explained(recipe):
         checkpoint, data = load_inputs(recipe, listener)
-        check_batch(recipe, len(data.train), World(accelerator).size)
+        check_run(recipe, checkpoint.model, data, max(processes, World(accelerator).size))
+        pool = read_pool(recipe, data) if recipe.data.unlabelled else None
         gate(recipe, checkpoint, data, World(accelerator), listener)
         facts = planned(recipe, checkpoint, data)
+        if pool is not None:
+            facts["unlabelled"] = f"{len(pool)} images; with pseudo-labels those that the network is sure of"
         return facts | _time_one_step(recipe, checkpoint, data, accelerator)
+
+
+def check_run(recipe: Recipe, model: PixelModel, data: Data, processes: int) -> None:
+    """Raise UserError, before anything is measured, when such a run cannot be trained."""
+    check_held_out(recipe.train, data.val)
+    check_batch(recipe, len(data.train), processes)
+    check_derivatives(recipe.method, recipe.train, model)
 
 
 def planned(recipe: Recipe, checkpoint: Checkpoint, data: Data) -> dict[str, Any]:
@@ -110,5 +126,6 @@ def _time_one_step(recipe: Recipe, checkpoint: Checkpoint, data: Data, accelerat
     steps = len(data.train) // labelled_of(recipe) * replays(recipe.method) * recipe.train.epochs
     return {
         "one step": f"{took:.2f} s for a batch of {batch}, from one of {n}; loss {losses['total']:.4g}",
-        "training time": f"about {duration(took * steps)}, without evaluation",
+        "training time": f"about {duration(took * steps)} on one process, without evaluation",
+        "not included": "what several processes exchange, and the speed that they bring",
     }

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from robustify.attacks import AttackSpec
 from robustify.errors import UserError, nearest
 from robustify.methods import METHODS, AnyMethod, Gaat, has_consistency, withstood
-from robustify.methods.base import replays
+from robustify.methods.base import OwnStep, replays
 from robustify.methods.remedies import Remedy, next_remedy
 from robustify.schedules import OWN_START, Accelat, Kind
 from robustify.settings import Settings
@@ -217,6 +217,17 @@ class Recipe(Settings):
             raise ValueError(
                 "awp finds the worst weights with a first backward pass, which would move free-at's perturbation too. "
                 "Take awp with pgd-at, trades, mart or fast-at"
+            )
+        if t.awp is not None and t.precision == "fp16":
+            raise ValueError(
+                "awp steps along the gradient of its first backward pass, which fp16's scaling may make infinite: "
+                "take precision bf16 or no"
+            )
+        several = "awp" if t.awp is not None else name if isinstance(self.method, OwnStep) and name != "free-at" else None
+        if t.compress != "none" and several:
+            raise ValueError(
+                f"compress {t.compress} stands for one exchange of gradients a step, {several} takes several backward passes: "
+                "take compress none"
             )
         if replays(self.method) > 1 and t.accumulate > 1:
             raise ValueError(

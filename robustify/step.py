@@ -51,6 +51,7 @@ class Setup:
     shadow: Shadow | None
     ema: Any | None
     hook: GradientHook | None = None
+    exchanges: int = 0  # backward passes so far that ended in an exchange of gradients
 
 
 class _Forward(nn.Module):
@@ -80,12 +81,6 @@ def prepare(
     from timm.optim import create_optimizer_v2
 
     world = World(accelerator)
-    third_derivatives = isinstance(method, Gaat) and method.second_derivatives and method.order == 2
-    if third_derivatives and settings.batchnorm == "train" and _normalised_by_batch(model):
-        raise UserError(
-            "gaat with gradient exact and order 2 needs third derivatives, which torch's batch norm has not while it trains",
-            "take --set method.gradient=hessian-free, --set method.order=1 or --set train.batchnorm=frozen",
-        )
     model.to(accelerator.device)
     reduced = settings.precision != "no"
     if reduced:
@@ -121,6 +116,17 @@ def prepare(
         Shadow(model) if reduced else None,
         ema,
     )
+
+
+def check_derivatives(method: Method | OwnStep, settings: TrainSettings, model: nn.Module) -> None:
+    """Raise UserError when the method differentiates the model more often than torch can."""
+    third = isinstance(method, Gaat) and method.second_derivatives and method.order == 2
+    live = settings.batchnorm != "frozen" and settings.layers != "last"
+    if third and live and _normalised_by_batch(model):
+        raise UserError(
+            "gaat with gradient exact and order 2 needs third derivatives, which torch's batch norm has not while it trains",
+            "take --set method.gradient=hessian-free, --set method.order=1 or --set train.batchnorm=frozen",
+        )
 
 
 def _layerwise(settings: TrainSettings) -> dict[str, Any]:
@@ -212,6 +218,7 @@ def _backward(setup: Setup, nets: Nets, parts: list[_Part], step: int) -> dict[s
     sums: dict[str, Tensor] = {}
 
     def backward(loss: Tensor) -> None:
+        setup.exchanges += k + 1 == count
         setup.accelerator.backward(loss / count)
 
     statistics = Synchronised() if setup.settings.batchnorm == "sync" and setup.world.size > 1 else nullcontext()

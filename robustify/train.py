@@ -32,12 +32,13 @@ from robustify.methods.remedies import has_collapsed, next_remedy, remedied
 from robustify.methods.wasserstein import Wasserstein
 from robustify.metrics import Metrics
 from robustify.order import Pool, epoch_lists, interleaved, pool_lists, pool_share
-from robustify.rng import mix
+from robustify.recipe import TrainSettings
+from robustify.rng import Draws, mix
 from robustify.schedules import BY_SCORE, make_schedule
 from robustify.sensitivity import UpsilonTracker
 from robustify.step import Setup, set_train_mode, share_statistics, take_step
 
-_UPSILON = 13  # first word of the seeds
+_UPSILON, _ALIGNMENT = 13, 18  # first words of the seeds
 
 
 @dataclass
@@ -96,13 +97,6 @@ def train(
     termination = termination or Termination()
     s, world, method = setup.settings, setup.world, setup.method
     n = len(data.train)
-    if not len(data.val):
-        raise UserError(
-            f"no images are held out, but schedule {s.schedule} follows the accuracy on them"
-            if s.schedule in BY_SCORE
-            else "no images are held out, but the best epoch is chosen on them",
-            "hold some out of the training set (data.val_fraction=0.1, or leave val_data out)",
-        )
     unlabelled = 0 if pool is None else pool_share(s.batch_size, pool.share)
     labelled, times = s.batch_size - unlabelled, replays(method)
     per_epoch = n // labelled * times
@@ -181,14 +175,16 @@ def train(
         means = {key: value / per_epoch for key, value in state.sums.items()}
         extra = setup.tracker.summary() if setup.tracker else {}
         if world.size > 1:
-            extra |= {"gradient_bytes_per_step": setup.hook.payload() if setup.hook else gradient_bytes(setup.model)}
+            plain = gradient_bytes(setup.model) * setup.exchanges / (per_epoch - done)
+            extra |= {"gradient_bytes_per_step": setup.hook.payload() if setup.hook else plain}
+        setup.exchanges = 0
         if method.one_step:
             extra |= {"gradient_alignment": _alignment(setup, probe, eval_batch)}
         state.sums = {}
         metrics.write(step=state.step, epoch=epoch + 1, clean=clean, robust=robust, probe=name, best=best, **extra)
         setup.accelerator.log({"clean": clean, "robust": robust, **extra}, step=state.step)
         yield EpochEnd(epoch + 1, s.epochs, clean, robust, name, best, means, extra)
-        if (slow := world.slow_process()) is not None:
+        if (slow := world.slow_process(per_epoch - done)) is not None:
             yield Note(slow, "warning")
         schedule.tell(score)
         if fell:
@@ -211,6 +207,17 @@ def train(
         )
     _load_best(setup, folder)
     return Outcome(state.step, s.epochs, state.best, state.best_epoch, state.collapsed, state.seconds, state.remedies)
+
+
+def check_held_out(settings: TrainSettings, val: Split) -> None:
+    """Raise UserError when there are no held-out images, which every training is judged on."""
+    if not len(val):
+        raise UserError(
+            f"no images are held out, but schedule {settings.schedule} follows the accuracy on them"
+            if settings.schedule in BY_SCORE
+            else "no images are held out, but the best epoch is chosen on them",
+            "hold some out of the training set (data.val_fraction=0.1, or leave val_data out)",
+        )
 
 
 def follow(events: Generator[Event, None, Outcome], tell: Listener) -> Outcome:
@@ -285,11 +292,16 @@ def _roll_back(setup: Setup, folder: Path) -> None:
 
 def _alignment(setup: Setup, probe: Split, batch_size: int) -> float:
     """Mean cosine on the held-out images between the gradients at x and beside it: near 0, a one-step attack is blind."""
-    mine = range(len(probe))[setup.world.rows(len(probe))]
-    lists = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    found = gradient_alignment(
-        setup.model, batches(probe, lists, setup.accelerator.device), setup.threat, setup.settings.seed
-    )
+    world, device, seed = setup.world, setup.accelerator.device, setup.settings.seed
+    lists, draws = [], []
+    for first in range(0, len(probe), batch_size):
+        whole = range(len(probe))[first : first + batch_size]
+        rows = world.rows(len(whole))
+        if whole[rows]:
+            lists.append(whole[rows])
+            draws.append(Draws(mix(seed, _ALIGNMENT, first), device, len(whole), rows.start))
+    pairs = zip(batches(probe, lists, device), draws, strict=True)
+    found = gradient_alignment(setup.model, ((x, y, own) for (x, y), own in pairs), setup.threat)
     return float(setup.world.gather(found).nanmean())
 
 

@@ -195,14 +195,47 @@ def test_a_step_spends_the_passes_it_says_and_no_weight_gradient_in_the_attack(m
         setup.tracker.measure(torch.ones(96), 96)
     set_train_mode(setup)
     x, y = toy_data(32)
+    layer, spent = setup.model.net[0], {False: 0, True: 0}  # images sent backward, by whether the weights were to learn
+
+    def watch(module, _, out):
+        learns = module.weight.requires_grad
+        if out.requires_grad:
+            out.register_hook(lambda g: spent.update({learns: spent[learns] + len(g)}))
+
+    layer.register_forward_hook(watch)
     with counted(setup.model) as passes:
         take_step(setup, iter([(x, y)]), 0)
-    assert passes.forward / 32 == pytest.approx((method.passes(0, 0)), abs=1e-9)
+    forward = method.passes(0, 0)
+    assert passes.forward / 32 == pytest.approx(forward, abs=1e-9)
+    image, weights = (method.passes(*kind) - forward for kind in ((1, 0), (0, 1)))
+    if not getattr(method, "second_derivatives", False):  # a hook does not see all of a backward pass differentiated again
+        assert {kind: n / 32 for kind, n in spent.items()} == pytest.approx({False: image, True: weights})
 
 
-def test_third_derivatives_of_batch_norm_in_training_are_refused():
+@pytest.mark.parametrize(
+    ("method", "settings", "exchanges"),
+    [(Trades(steps=1), {}, 1), (Trades(steps=1), {"awp": 0.005, "accumulate": 2}, 2), (Gaat(), {"accumulate": 2}, 2)],
+)
+def test_every_exchange_of_gradients_is_counted(method, settings, exchanges):
+    setup = setup_for(method, **settings)
+    set_train_mode(setup)
+    parts = settings.get("accumulate", 1)
+    take_step(setup, iter([toy_data(32 // parts)] * parts), 0)
+    assert setup.exchanges == exchanges
+
+
+@pytest.mark.parametrize("batchnorm", ["train", "sync"])
+def test_third_derivatives_of_batch_norm_in_training_are_refused_before_anything_is_measured(batchnorm):
+    from robustify.pipeline import harden
+
+    said = []
+    method = {"name": "gaat", "gradient": "exact", "order": 2}
     with pytest.raises(UserError, match=r"train\.batchnorm=frozen"):
-        setup_for(Gaat(gradient="exact", order=2))
+        harden(tiny_net(), data(), method=method, batch_size=32, batchnorm=batchnorm, verify=False, listener=said.append)
+    assert said == []
+
+
+def test_third_derivatives_are_taken_with_frozen_statistics():
     setup = setup_for(Gaat(gradient="exact", order=2), batchnorm="frozen")
     set_train_mode(setup)
     losses, _ = take_step(setup, iter([toy_data(32)]), 0)
@@ -413,13 +446,16 @@ def test_a_run_with_a_schedule_that_follows_the_score_continues_bit_for_bit(sche
     assert len(rates[0]) == 30
 
 
-def test_without_held_out_images_nothing_is_trained(tmp_path):
+def test_without_held_out_images_nothing_is_measured():
     from dataclasses import replace
 
-    whole = data()
+    from robustify.pipeline import harden
+
+    whole, said = data(), []
     empty = replace(whole, val=subset(whole.val, []))
     with pytest.raises(UserError, match=r"(?s)schedule accelat follows.*data\.val_fraction"):
-        follow(train(setup_for(FastAt(), schedule="accelat"), empty, tmp_path), lambda event: None)
+        harden(tiny_net(), empty, method="fast-at", schedule="accelat", batch_size=32, verify=False, listener=said.append)
+    assert said == []
 
 
 def test_the_alignment_of_gradients_is_logged_for_one_step_methods_only(tmp_path):

@@ -110,7 +110,7 @@ def run(
     arguments = options.typed(context)
     if dry_run:
         with console.Watch() as watch:
-            facts = plan(resolved.recipe, listener=watch)
+            facts = plan(resolved.recipe, processes=processes, listener=watch)
         _show_plan(resolved, facts, options.command(a for a in arguments if a != "--dry-run"), as_json)
         return
     if output and resume not in ("auto", "never"):

@@ -53,6 +53,8 @@ def test_dry_run_prints_each_value_with_its_origin_and_writes_nothing(robustify,
         "mine.yaml",
         "--threat",
         "Linf:0.1",
+        "--unlabelled",
+        "rest",
         "--dry-run",
         "--set",
         "train.lr=1e-3",
@@ -65,6 +67,7 @@ def test_dry_run_prints_each_value_with_its_origin_and_writes_nothing(robustify,
     assert "train.lr\t0.001\tcommand line" in lines
     assert "train.momentum\t0.9\tdefault" in lines
     assert any(line.startswith("trains\tfull: ") for line in lines)
+    assert any(line.startswith("unlabelled\t") and line.split("\t")[1][0].isdigit() for line in lines)
     assert lines[-1].startswith("next: robustify finetune mine.yaml --threat Linf:0.1")
     assert "--dry-run" not in lines[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
