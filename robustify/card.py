@@ -65,16 +65,16 @@ def render(
         usage=_usage(name, path or name, hub, config),
         method=method,
         threat=_shown(recipe["threat"]),
-        command=_private(command) or "(not recorded)",
+        command=without_home(command) or "(not recorded)",
         classes=_classes(config),
         digest=config["robustness"].get("recipe"),
-        recipe=_private(yaml.safe_dump(plain(recipe), sort_keys=False)).rstrip(),
+        recipe=without_home(yaml.safe_dump(plain(recipe), sort_keys=False)).rstrip(),
         cost=_cost(before, after, config["robustness"].get("training")),
         license=_license(config),
         citations=citations(config, method, after),
     )
     body = re.sub(r"\s*\n\n\n+", "\n\n", body).rstrip()  # where a fact is absent
-    return f"---\n{front_matter(name, config, method, after)}\n---\n\n{body}\n\n{YOURS}\n"
+    return f"---\n{front_matter(name, config, method, after, half[1] if half else after)}\n---\n\n{body}\n\n{YOURS}\n"
 
 
 def update(existing: str, new: str) -> str:
@@ -98,6 +98,12 @@ def update(existing: str, new: str) -> str:
     else:
         raise UserError("the card's two robustify markers must be there once each, in order", f"{BEGIN} ... {END}")
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n{body}"
+
+
+def has_own_text(text: str) -> bool:
+    """Return whether a person wrote something into the card, outside the generated section."""
+    _, body = _split(text)
+    return bool(re.sub(f"{BEGIN}.*{END}", "", body, flags=re.DOTALL).replace(YOURS, "").strip())
 
 
 def _split(text: str) -> tuple[dict[str, Any], str]:
@@ -272,7 +278,7 @@ def _shown(threat: str | ThreatModel | None) -> str:
     return str(ThreatModel.parse(threat)) if threat else ""
 
 
-def _private(text: str) -> str:
+def without_home(text: str) -> str:
     """Shorten the home folder to ~: a public card need not tell who typed the command."""
     home = str(Path.home())
     return re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text) if len(home) > 1 else text

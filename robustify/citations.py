@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from robustify.front_matter import dataset_name
+from robustify.front_matter import typed_name
 from robustify.methods import METHODS
 from robustify.report import Report
 from robustify.sources import published
@@ -38,7 +38,7 @@ def citations(config: Mapping[str, Any], method: str, after: Report) -> str:
     keys = ["wightman2019pytorch"] if base.startswith("timm/") else []
     keys += METHOD_PAPERS.get(method, ())
     keys += [ATTACK_PAPERS[name] for name in (row.attack.partition(":")[0] for row in after.rows) if name in ATTACK_PAPERS]
-    keys += [DATA_PAPERS[name] for name in (config["robustness"].get("dataset"), dataset_name(after)) if name in DATA_PAPERS]
+    keys += [DATA_PAPERS[name] for name in (config["robustness"].get("dataset"), typed_name(after)) if name in DATA_PAPERS]
     entries: list[str] = []
     if row := published_row(base):
         entries.append(_base_entry(row))

@@ -80,8 +80,8 @@ def staged_folder(
     """Build a folder under a temporary name beside `path`; when the block ends well it takes the place of `path`.
 
     Yields the empty folder to fill. Files of an older folder that the block did not write stay, but for those named in
-    `drop`. When the block raises, the older folder, or none, is left as it was. Of several processes that build the
-    same folder each gets its turn, so it always is the work of one of them. needed: bytes, where known. Raises
+    `drop`, as paths in it. When the block raises, the older folder, or none, is left as it was. Of several processes that
+    build the same folder each gets its turn, so it always is the work of one of them. needed: bytes, where known. Raises
     UserError when the disk is full, and when the folder holds something by then and `force` is false.
     """
     folder = Path(path).expanduser().resolve()
@@ -147,7 +147,7 @@ def _link_missing(old: Path, new: Path, drop: Collection[str]) -> None:
     """Give `new` every file of `old` that it lacks, as a hard link where the disk can: `old` stays whole."""
     for source in old.rglob("*"):
         target = new / source.relative_to(old)
-        if target.exists() or target.is_symlink() or source.name in drop:
+        if target.exists() or target.is_symlink() or source.relative_to(old).as_posix() in drop:
             continue
         if source.is_dir() and not source.is_symlink():
             target.mkdir(parents=True)

@@ -29,9 +29,12 @@ WRITTEN = {  # every key that `front_matter` may write
 HUB_ID = re.compile(r"^\w[\w.-]*/[\w.-]+$")  # OWNER/NAME; the names of other sources have a colon, no slash, or several
 
 
-def front_matter(name: str, config: Mapping[str, Any], method: str, after: Report) -> str:
-    """Return the YAML between the card's two lines of dashes. config: config.json; after: what model-index lists."""
-    data = dataset_name(after)
+def front_matter(name: str, config: Mapping[str, Any], method: str, after: Report, listed: Report) -> str:
+    """Return the YAML between the card's two lines of dashes.
+
+    config: config.json. after: of the hardening. listed: what model-index lists, of the weights as they are published.
+    """
+    data = typed_name(after)
     facts: dict[str, Any] = {}
     if config["pretrained_cfg"].get("license"):
         known = config["pretrained_cfg"]["license"].lower()
@@ -45,7 +48,7 @@ def front_matter(name: str, config: Mapping[str, Any], method: str, after: Repor
         metrics=["accuracy"],
         tags=["image-classification", "adversarial-robustness", "robustify", method],
         model_name=name,
-        eval_results=_results(after),
+        eval_results=_results(listed),
         **facts,
     )
     return card.to_yaml().strip()
@@ -57,7 +60,7 @@ def eval_results(after: Report) -> list[dict[str, Any]]:
     The schema is the hub's (github.com/huggingface/hub-docs, eval_results.yaml). The hub shows a result once the data
     set's own page defines a task of that name.
     """
-    data = dataset_name(after)
+    data = typed_name(after)
     if data not in HUB_DATASETS:
         return []
     entries = []
@@ -77,6 +80,11 @@ def dataset_name(report: Report) -> str:
     return Path(path).name if path else kind
 
 
+def typed_name(report: Report) -> str:
+    """The data's name with its kind: folder:mnist is somebody's folder, only mnist is MNIST."""
+    return report.data.split(" (")[0]
+
+
 def attack_name(row: Row) -> str:
     """`PGD`, or `PGD (steps=50)` for a row that names its settings to tell it from another."""
     name, _, settings = row.attack.partition(":")
@@ -92,7 +100,7 @@ def _results(after: Report) -> list[EvalResult]:
         return EvalResult(
             task_type="image-classification",
             task_name="Image Classification",
-            dataset_type=HUB_DATASETS.get(data, data),
+            dataset_type=HUB_DATASETS.get(typed_name(after), data),
             dataset_name=data,
             dataset_split=after.split,
             metric_type="accuracy",

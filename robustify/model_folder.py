@@ -29,7 +29,7 @@ FIGURES = {  # captions, in the card's order
 }
 VERDICTS = [str(Path(name).with_suffix(".npz")) for name in (REPORT, HALF)]
 # what says something of one model, and must not outlive it where another takes its place
-OURS = (CONFIG, WEIGHTS, *FORMATS.values(), *FIGURES, RECIPE, REPORT, HALF, *VERDICTS, Path(RESULTS).name)
+OURS = (CONFIG, WEIGHTS, *FORMATS.values(), *FIGURES, RECIPE, REPORT, HALF, *VERDICTS, RESULTS)
 
 
 def find(source: str | Path) -> Path | None:
@@ -41,7 +41,7 @@ def find(source: str | Path) -> Path | None:
 def belongings(folder: Path) -> dict[str, Path]:
     """Return the files that go with a model wherever it goes, but for its weights: name -> where it is now."""
     names = [CARD, *FIGURES, RECIPE, REPORT, HALF, *VERDICTS, RESULTS]
-    found = {name: place / name for place in (_run(folder), folder) for name in names if (place / name).is_file()}
+    found = {name: place / name for place in (_beside(folder), folder) for name in names if (place / name).is_file()}
     return {name: found[name] for name in names if name in found}
 
 
@@ -57,8 +57,8 @@ def write_card(folder: str | Path, *, place: Path | None = None, license: str | 
         cfg, base = config["pretrained_cfg"], config["robustness"]["base_model"]
         cfg["license"] = agreed_license(cfg.get("license"), license, base)
         files.write_json(folder / CONFIG, config)
-    text, after = card_of(folder, place=place)
-    if entries := eval_results(after):
+    text, published = card_of(folder, place=place)
+    if entries := eval_results(published):
         (folder / RESULTS).parent.mkdir(exist_ok=True)
         files.write_text(folder / RESULTS, yaml.safe_dump(entries, sort_keys=False))
     files.write_text(folder / CARD, text)
@@ -66,30 +66,33 @@ def write_card(folder: str | Path, *, place: Path | None = None, license: str | 
 
 
 def card_of(folder: Path, *, place: Path | None = None, hub: str | None = None) -> tuple[str, Report]:
-    """Return the card that the files in a model's folder make, with what a person wrote into it, and the report in it.
+    """Return the card that the files in a model's folder make, with what a person wrote into it, and the report of
+    its very weights.
 
     place: as for `write_card`. hub: OWNER/NAME, for the card that goes there. Raises UserError without a recipe and a
     report.
     """
     folder = folder.resolve()
     place = place or folder
-    beside = _run(place) if _run(place) != place else folder
+    beside = _beside(folder, place)
+    named = place if beside == folder else beside
     before, after = load_pair(beside / REPORT)
+    half = load_pair(folder / HALF) if (folder / HALF).is_file() else None
     command, recipe = _recipe(beside / RECIPE)
     text = render(
-        name=_run(place).name,
-        path=str(place.relative_to(_run(place).parent)),
+        name=named.name,
+        path=str(place.relative_to(named.parent)),
         hub=hub,
         config=read_config(folder),
         recipe=recipe,
         command=command,
         before=before,
         after=after,
-        half=load_pair(folder / HALF) if (folder / HALF).is_file() else None,
+        half=half,
         figures={file: caption for file, caption in FIGURES.items() if (folder / file).is_file()},
     )
     older = next((path for path in (place / CARD, folder / CARD) if path.is_file()), None)
-    return (update(older.read_text(encoding="utf8"), text) if older else text), after
+    return (update(older.read_text(encoding="utf8"), text) if older else text), half[1] if half else after
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -104,9 +107,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     raise UserError(f"{folder} is not the folder of a model that robustify made", hint)
 
 
-def _run(folder: Path) -> Path:
-    """The run's folder above a model/, else the folder itself."""
-    return folder.parent if folder.name == "model" else folder
+def _beside(folder: Path, place: Path | None = None) -> Path:
+    """Where the recipe and the report of a model's folder are: in it, or above a run's model/."""
+    place = place or folder
+    return place.parent if place.name == "model" and not (folder / RECIPE).is_file() else folder
 
 
 def _recipe(path: Path) -> tuple[str, Mapping[str, Any]]:

@@ -6,12 +6,18 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import yaml
 
 from robustify import model_folder
+from robustify.card import has_own_text, update, without_home
 from robustify.errors import UserError
 from robustify.front_matter import HUB_ID
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 Parcel = Mapping[str, Path | bytes]  # what each file on the hub is made of
 
@@ -38,30 +44,48 @@ def pack(source: str | Path, repo: str) -> Parcel:
         raise UserError("the card states no license, because the base model's is not known", hint)
     weights = [model_folder.CONFIG, model_folder.WEIGHTS, *model_folder.FORMATS.values()]
     found = {name: folder / name for name in weights if (folder / name).is_file()}
-    return {**found, **belongings, model_folder.CARD: text.encode()}
+    recipe = without_home(belongings[model_folder.RECIPE].read_text(encoding="utf8"))
+    return {**found, **belongings, model_folder.RECIPE: recipe.encode(), model_folder.CARD: text.encode()}
 
 
 def push(parcel: Parcel, repo: str, *, private: bool = False) -> str:
     """Upload the files to the model repository OWNER/NAME, made if need be, in one commit; return its web address.
 
+    An older model's files there go with it; what a person wrote into the card there stays, unless the card here has such
+    text of its own.
     What an interrupted upload left on the hub, and what has not changed, is not sent again. The token is the one that
     huggingface_hub knows; it is never shown. Raises UserError for whatever the hub or the network refuses, and when
     `private` is asked for and the repository is public.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(library_name="robustify")
     try:
         url = api.create_repo(repo, private=private or None, exist_ok=True)
-        if private and not api.model_info(repo).private:
+        info = api.model_info(repo)
+        if private and not info.private:
             raise UserError(f"{repo} is already there, and public", "choose another name, or make it private on the hub")
+        there = {file.rfilename for file in info.siblings or ()}
+        if model_folder.CARD in there:
+            parcel = {**parcel, model_folder.CARD: _with_their_text(api, repo, parcel[model_folder.CARD])}
         files = [CommitOperationAdd(name, str(part) if isinstance(part, Path) else part) for name, part in parcel.items()]
-        api.create_commit(repo, files, commit_message="Upload a model hardened with robustify")
+        gone = [CommitOperationDelete(name) for name in model_folder.OURS if name in there and name not in parcel]
+        api.create_commit(repo, [*files, *gone], commit_message="Upload a model hardened with robustify")
     except UserError:
         raise
     except Exception as error:  # refused, unreachable, interrupted: its own words say which
         raise _explained(error, repo) from None  # its notes may hold the headers that were sent
     return str(url)
+
+
+def _with_their_text(api: HfApi, repo: str, card: Path | bytes) -> bytes:
+    """The new card with the text of the one on the hub around its section, when it has none of its own."""
+    new = (card.read_bytes() if isinstance(card, Path) else card).decode()
+    if has_own_text(new):
+        return new.encode()
+    with TemporaryDirectory() as folder:
+        old = Path(api.hf_hub_download(repo, model_folder.CARD, local_dir=folder)).read_text(encoding="utf8")
+    return update(old, new).encode()
 
 
 def _explained(error: Exception, repo: str) -> UserError:

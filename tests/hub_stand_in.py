@@ -111,10 +111,13 @@ class _Handler(BaseHTTPRequestHandler):
                     hub.repos[repo][value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     hub.repos[repo][value["path"]] = hub.stored[value["oid"]]
+                elif line["key"] == "deletedFile":
+                    del hub.repos[repo][value["path"]]
             self._answer({"commitUrl": f"{hub.url}/{repo}/commit/{COMMIT}", "commitOid": COMMIT})
         elif path.startswith("/api/models/"):
             repo = "/".join(path.split("/")[3:5])
-            self._answer({"id": repo, "private": hub.private[repo], "sha": COMMIT, "siblings": [], "tags": []})
+            files = [{"rfilename": name} for name in hub.repos[repo]]
+            self._answer({"id": repo, "private": hub.private[repo], "sha": COMMIT, "siblings": files, "tags": []})
         elif "/resolve/" in path:
             repo, _, name = path.strip("/").partition("/resolve/")
             content = hub.repos[repo].get(name.partition("/")[2])

@@ -300,6 +300,36 @@ def test_the_hub_reads_the_evaluation_results(tmp_path):
     assert next(entry.task_id for entry in hub.parse_eval_result_entries(written)) == "clean"
 
 
+def test_somebodys_folder_is_no_official_data_set():
+    mine = dataclasses.replace(AFTER, data="folder:mnist (0123456789ab)", verdicts={})
+    text = made(after=mine, config=config(dataset="folder:mnist"))
+    assert "datasets" not in head(text)
+    assert head(text)["model-index"][0]["results"][0]["dataset"]["type"] == "mnist"
+    assert "ylecun/mnist" not in text
+    assert "lecun1998gradient" not in text
+    assert eval_results(mine) == []
+
+
+def test_what_the_hub_lists_is_of_the_rounded_weights(tmp_path):
+    found = head(made(half=(AFTER, BEFORE)))["model-index"][0]["results"]
+    assert found[0]["metrics"][0]["value"] == round(BEFORE.rows[0].accuracy, 4)
+    run_folder(tmp_path / "robust")
+    save_pair(tmp_path / "robust" / "model" / "half.json", AFTER, BEFORE)
+    write_card(tmp_path / "robust" / "model")
+    listed = yaml.safe_load((tmp_path / "robust/model/.eval_results/robustify.yaml").read_text())
+    assert [entry["value"] for entry in listed] == [round(row.accuracy, 4) for row in BEFORE.rows]
+
+
+def test_a_folder_called_model_keeps_its_own_recipe_and_report(tmp_path):
+    run_folder(tmp_path / "robust")
+    write_card(tmp_path / "robust" / "model")
+    (tmp_path / "recipe.yaml").write_text("# another\nmethod: {name: trades}\n")
+    folder = api.export(str(tmp_path / "robust"), tmp_path / "model")
+    assert "robustify finetune mine" in (folder / "README.md").read_text()
+    assert "# model\n" in (folder / "README.md").read_text()
+    assert "local-dir:model" in write_card(folder).read_text()
+
+
 def test_half_precision_is_told_with_its_cost():
     text = made(half=(BEFORE, AFTER))
     section = text[text.index("## Half precision") : text.index("## The threat")]

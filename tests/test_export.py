@@ -278,6 +278,14 @@ def test_an_older_models_files_do_not_outlive_it(tmp_path):
     assert left(tmp_path / "out") == ["config.json", "model.safetensors", "notes.txt"]
 
 
+def test_a_persons_files_in_subfolders_stay(tmp_path):
+    save(custom(Tied()), tmp_path / "out")
+    (tmp_path / "out" / "mine").mkdir()
+    (tmp_path / "out" / "mine" / "config.json").write_text("mine")
+    save(custom(Tied()), tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "mine" / "config.json").read_text() == "mine"
+
+
 def test_what_fails_at_the_end_leaves_nothing(tmp_path):
     def finish(stage):
         assert left(stage) == ["config.json", "model.safetensors"]

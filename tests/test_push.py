@@ -65,6 +65,22 @@ def test_what_is_published_loads_from_the_hub(hub, run, tmp_path):
     subprocess.run([sys.executable, "-c", code, str(run)], check=True, env={**os.environ, **environment})
 
 
+def test_an_older_models_files_go_and_what_a_person_wrote_on_the_hub_stays(hub, run):
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + f"folder: {Path.home()}/pictures\n")
+    assert robustify(hub, "push", run, "me/robust").returncode == 0
+    files = hub.repos["me/robust"]
+    assert str(Path.home()) not in files["recipe.yaml"].decode()
+    assert "~/pictures" in files["recipe.yaml"].decode()
+    files["README.md"] += b"\nWritten on the hub.\n"
+    files |= {"half.json": b"{}", "model.onnx": b"old", "mine/half.json": b"mine", "notes.txt": b"mine"}
+    done = robustify(hub, "push", run, "me/robust")
+    assert done.returncode == 0, done.stderr
+    assert files["README.md"].endswith(b"\nWritten on the hub.\n")
+    assert not {"half.json", "model.onnx"} & files.keys()
+    assert {"mine/half.json", "notes.txt", "model.safetensors"} <= files.keys()
+
+
 def test_an_interrupted_upload_goes_on(hub, run):
     hub.refuse = {"/commit/": 400}
     failed = robustify(hub, "push", run, "me/robust")
