@@ -20,7 +20,7 @@ from robustify.distributional import Search, bought, moved_together, search, sea
 from robustify.environment import environment
 from robustify.errors import UserError
 from robustify.measure import Clean, Passes, Run, Tell, counted, measure_clean, withstands
-from robustify.modes import Shadow
+from robustify.modes import Shadow, full_precision
 from robustify.pieces import Pieces, same_facts
 from robustify.pixels import PixelModel
 from robustify.pointwise import heard, pointwise
@@ -42,6 +42,7 @@ def sample(n_available: int, n: int | None, seed: int) -> list[int]:
     return sorted(np.random.default_rng(seed).permutation(n_available)[:n].tolist())
 
 
+@full_precision()
 def evaluate(
     model: nn.Module,
     split: Split,

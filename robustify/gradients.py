@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from robustify.losses import LOSSES, Loss
-from robustify.modes import borrowed
+from robustify.modes import borrowed, full_precision
 from robustify.rng import Draws
 from robustify.threat import Norm, ThreatModel, dual_norms, uniform_in_ball
 
@@ -27,6 +27,7 @@ def input_gradient(model: nn.Module, x: Tensor, objective: Callable[[Tensor], Te
     return gradient, logits.detach(), losses.detach()
 
 
+@full_precision()
 def gradient_norms(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss: str | Loss, norm: Norm) -> Tensor:
     """Return ||grad_x J(f(x), y)|| in the norm dual to `norm` for every image of the batches, [N] on the CPU.
 

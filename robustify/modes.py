@@ -42,6 +42,18 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
             weight.requires_grad_(flag)
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute in fp32, without TF32 (ten bits on CUDA) or a caller's autocast; both come back as they were."""
+    kept = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = kept
+
+
 @dataclass(frozen=True)
 class Nets:
     """What a training attack works on: `exact` in the training weights' precision, `search` perhaps in a faster one."""

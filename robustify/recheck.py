@@ -16,11 +16,13 @@ from robustify.distributed import World
 from robustify.distributional import search_name
 from robustify.evaluation import model_digest, sample
 from robustify.measure import Run, Tell, check_budget, measure_clean, withstands
+from robustify.modes import full_precision
 from robustify.pieces import facts_of, pieces_of
 from robustify.report import Report, Row
 from robustify.threat import NORMS, Norm, ThreatModel
 
 
+@full_precision()
 def recheck(
     model: nn.Module, split: Split, report: Report, folder: Path, *, workers: int = 0, tell: Tell | None = None
 ) -> dict[str, int]:

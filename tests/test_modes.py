@@ -5,6 +5,7 @@ import torch
 from helpers import tiny_net
 from torch import nn
 
+import robustify
 from robustify.attacks import ATTACKS, fgsm
 from robustify.gradients import gradient_norms, input_gradient
 from robustify.losses import ce
@@ -132,3 +133,25 @@ def test_the_shadow_follows_its_source_and_keeps_the_normalisation_exact():
     assert not torch.allclose(stale, exact, rtol=0.02)
     assert fresh.dtype == torch.float32
     assert not any(t.requires_grad for t in (*shadow.model.parameters(), *shadow.model.buffers()))
+
+
+def test_evaluation_is_in_full_precision_and_gives_the_callers_back():
+    seen = []
+
+    class Net(torch.nn.Linear):
+        def forward(self, input):
+            out = super().forward(input.flatten(1))
+            seen.append((out.dtype, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+            return out
+
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            net, data = Net(4, 2), (torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
+            robustify.evaluate(net, data, attacks=["clean", "fgsm"], check=False)
+            assert torch.is_autocast_enabled("cpu")
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (True, True)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    assert set(seen[1:]) == {(torch.float32, False, False)}  # the first call only asks for the shape
