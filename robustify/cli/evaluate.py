@@ -191,6 +191,8 @@ def recipe_of(source: str) -> Recipe | None:
 
 def _partial(output: Path | None, resume: bool, force: bool, keep: bool) -> Path | None:
     """Return the folder of the finished batches, checked; None without a report to write. Raises UserError."""
+    if output is not None and output.suffix != ".json" and not output.is_dir():  # its verdicts lie beside it, in .npz
+        raise UserError(f"a report is a .json file, not {output.name}", f"name it {output.name}.json")
     if output is None:
         flag = "--resume" if resume else "--keep-adversarials" if keep else None
         if flag:

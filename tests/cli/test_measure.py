@@ -285,6 +285,7 @@ def test_kept_images_reproduce_the_verdicts(robustify, tmp_path):
     (["--resume"], "--resume needs the report's file"),
     (["--keep-adversarials"], "--keep-adversarials needs the report's file"),
     (["-o", "."], "is a folder"),
+    (["-o", "net.eps8"], "a report is a .json file"),
     (["--recheck", "nowhere.json"], "no report nowhere.json"),
 ])  # fmt: skip
 def test_what_reports_need_is_said_before_anything_is_spent(robustify, finished, arguments, said):
