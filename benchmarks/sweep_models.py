@@ -136,10 +136,10 @@ def _stages(row: dict[str, Any], machine: Machine) -> None:
     from robustify.modes import borrowed
 
     source = row["name"]
+    if _too_large(row, _sketch(source), machine.largest):  # without its weights, so that the large ones cost no time
+        return
     net = _published_network(source)
-    row["parameters"] = sum(w.numel() for w in net.parameters())
-    if row["parameters"] > machine.largest:
-        row |= {"outcome": "not run", "reason": f"more than {machine.largest:,} weights, too large for this machine"}
+    if _too_large(row, net, machine.largest):
         return
 
     row["stage"] = "load"
@@ -203,6 +203,26 @@ def _classes_of(source: str) -> int:
         return published.CLASSES[name.split("/")[0]]
     cfg = get_pretrained_cfg(name)
     return (cfg.num_classes if cfg else 1000) or 0
+
+
+def _sketch(source: str) -> nn.Module:
+    """The network without memory for its weights, or an empty one where it cannot be built so."""
+    import timm
+
+    prefix, name = source.split(":")
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name) if prefix == "timm" else nn.Identity()
+    except Exception:  # networks that compute with numbers while they are built
+        return nn.Identity()
+
+
+def _too_large(row: dict[str, Any], net: nn.Module, largest: int) -> bool:
+    row["parameters"] = sum(w.numel() for w in net.parameters())
+    if row["parameters"] <= largest:
+        return False
+    row |= {"outcome": "not run", "reason": f"more than {largest:,} weights, too large for this machine"}
+    return True
 
 
 def _published_network(source: str) -> nn.Module:
@@ -574,6 +594,8 @@ def run(args: argparse.Namespace) -> None:
         wanted = [entry for entry in wanted if any(part in entry["name"] for part in args.only)]
     if args.sample:
         wanted = random.Random(args.seed).sample(wanted, min(args.sample, len(wanted)))
+    which, of = map(int, args.share.split("/"))
+    wanted = wanted[which - 1 :: of]
     rows = read_rows(args.out)
     again = () if args.retry is None else tuple(args.retry)
     todo = [e for e in wanted if e["name"] not in rows or (rows[e["name"]]["outcome"] in again)]
@@ -599,6 +621,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, help="so many models, drawn by the seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", help="models with one of these in their name")
+    parser.add_argument("--share", default="1/1", metavar="K/N", help="every Nth model from the Kth on: N sweeps, one file")
     parser.add_argument("--retry", nargs="*", metavar="OUTCOME", help="repeat the rows with these outcomes")
     parser.add_argument("--time-limit", type=float, metavar="MINUTES")
     parser.add_argument("--largest", type=int, default=350_000_000, metavar="N", help="weights a network may have")
