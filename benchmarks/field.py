@@ -321,6 +321,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, nargs="*", default=list(PARTS))
     parser.add_argument("--networks", choices=NETWORKS, nargs="*", default=["digits"])
+    parser.add_argument("--only", nargs="*", metavar="LABEL", help="only the trials of these names")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cifar", type=Path)
     parser.add_argument("--images", type=int, default=4000, help="training images at most, the held-out tenth among them")
@@ -339,6 +340,8 @@ def main() -> None:
             start = start_of(name, NETWORKS[name], data, path.parent, robust=part == "multi-norm")
             for seed in range(given.seeds):  # seed by seed: a table is whole, if thin, after a third of the time
                 for trial in trials(part, NETWORKS[name]):
+                    if given.only and trial.label not in given.only:
+                        continue
                     row = {"part": part, "network": name, "label": trial.label, "threat": trial.threat, "seed": seed}
                     if key(row) in {key(done) for done in read(path)} or (trial.epochs == 0 and seed):
                         continue

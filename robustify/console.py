@@ -156,7 +156,7 @@ class Watch:
                 if self.live or self._silent() or event.epoch in (0, event.epochs):
                     self._say(_epoch(event))
             case Collapsed():
-                cause = " (catastrophic overfitting)" if event.one_step else ""
+                cause = " (catastrophic overfitting)" if event.overfitted else ""
                 end = "training ends" if event.remedy == "stop" else f"training goes on with {event.remedy}"
                 self._say(
                     f"warning: robust accuracy collapsed in epoch {event.epoch}, from {percent(event.best)} to "

@@ -63,9 +63,9 @@ class EpochEnd:
 
 @dataclass(frozen=True)
 class Collapsed:
-    """Robust accuracy fell by more than the limit below its best: the weights go back to best_epoch's.
+    """Robust accuracy fell by more than the limit below its best and stayed there: the weights go back to best_epoch's.
 
-    one_step: the method's attack is a single step, so this is catastrophic overfitting. remedy: what the training goes on
+    overfitted: the one-step attack has gone blind, so this is catastrophic overfitting. remedy: what the training goes on
     with, or `stop`.
     """
 
@@ -73,7 +73,7 @@ class Collapsed:
     robust: float
     best: float
     best_epoch: int
-    one_step: bool
+    overfitted: bool
     remedy: str
 
 

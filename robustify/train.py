@@ -28,7 +28,7 @@ from robustify.gradients import gradient_alignment, gradient_norms
 from robustify.importance import MIN_DRAWS, draw, logit_slopes
 from robustify.methods import withstood
 from robustify.methods.base import replays
-from robustify.methods.remedies import has_collapsed, next_remedy, remedied
+from robustify.methods.remedies import has_fallen, is_blind, next_remedy, remedied
 from robustify.methods.wasserstein import Wasserstein
 from robustify.metrics import Metrics
 from robustify.order import Pool, epoch_lists, interleaved, pool_lists, pool_share
@@ -43,11 +43,17 @@ _UPSILON, _ALIGNMENT = 13, 18  # first words of the seeds
 
 @dataclass
 class LoopState:
-    """What the loop must remember to continue: saved with every checkpoint."""
+    """What the loop must remember to continue: saved with every checkpoint.
+
+    best: held-out accuracy of the kept weights, trained_best: of the best epoch trained, aligned: its gradient alignment;
+    fallen: whether the last epoch fell from that; sums: of the epoch's losses.
+    """
 
     step: int = 0
     best: float = -1.0
     trained_best: float = 0.0
+    aligned: float = 0.0
+    fallen: bool = False
     best_epoch: int = 0
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
@@ -167,7 +173,9 @@ def train(
         clean, robust, name = _probe(setup, probe, eval_batch)
         score = robust if method.adversarial else clean
         # against the epochs trained: the first ones from a start that is hardly robust dip before they rise
-        fell = method.adversarial and has_collapsed(score, state.trained_best, s.collapse_drop, len(probe))
+        fell = method.adversarial and has_fallen(score, state.trained_best, s.collapse_drop, len(probe))
+        alignment = _alignment(setup, probe, eval_batch) if method.one_step else None
+        blind = is_blind(alignment, state.aligned)
         best = not fell and (score > state.best or s.keep == "last")
         if best:
             state.best, state.best_epoch = score, epoch + 1
@@ -178,8 +186,8 @@ def train(
             plain = gradient_bytes(setup.model) * setup.exchanges / (per_epoch - done)
             extra |= {"gradient_bytes_per_step": setup.hook.payload() if setup.hook else plain}
         setup.exchanges = 0
-        if method.one_step:
-            extra |= {"gradient_alignment": _alignment(setup, probe, eval_batch)}
+        if alignment is not None:
+            extra |= {"gradient_alignment": alignment}
         state.sums = {}
         metrics.write(step=state.step, epoch=epoch + 1, clean=clean, robust=robust, probe=name, best=best, **extra)
         setup.accelerator.log({"clean": clean, "robust": robust, **extra}, step=state.step)
@@ -187,15 +195,18 @@ def train(
         if (slow := world.slow_process(per_epoch - done)) is not None:
             yield Note(slow, "warning")
         schedule.tell(score)
-        if fell:
+        if fell and (blind or state.fallen):
             remedy = next_remedy(method, s.on_collapse, state.remedies)
-            yield Collapsed(epoch + 1, robust, state.trained_best, state.best_epoch, method.one_step, remedy)
+            yield Collapsed(epoch + 1, robust, state.trained_best, state.best_epoch, blind, remedy)
             state.collapsed = remedy == "stop"
             if not state.collapsed:
                 state.remedies = (*state.remedies, remedy)
                 setup.method = remedied(method, state.remedies)
                 _roll_back(setup, folder)
-        state.trained_best = max(state.trained_best, score)
+            fell = False  # what comes next starts from the best epoch
+        state.fallen = fell
+        if score > state.trained_best:
+            state.trained_best, state.aligned = score, alignment or 0.0
         checkpoints.save(setup, own, folder / "checkpoints", state.step)
         if world.any(termination.asked):
             raise Preempted(state.step)

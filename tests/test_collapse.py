@@ -60,7 +60,7 @@ def test_one_step_training_collapses_is_found_and_a_remedy_heals_it(tmp_path):
     it goes on from them and ends more robust than it ever was."""
     ended, (collapse,), epochs, left = fitted(tmp_path / "stop", "stop")
     assert ended.collapsed
-    assert collapse.one_step
+    assert collapse.overfitted
     assert collapse.remedy == "stop"
     assert len(epochs) - 1 == collapse.epoch == 3
     assert epochs[3].robust < 0.25 < 0.4 < epochs[1].robust == ended.best

@@ -82,7 +82,7 @@ def test_events_that_matter_always_show(capsys):
         watch(Planned({"model": "tiny", "classifier": None}))
         watch(EpochEnd(0, 4, 0.9, 0.1, "pgd:steps=10 Linf:8/255", False))
         watch(EpochEnd(1, 4, 0.8, 0.3, "pgd:steps=10 Linf:8/255", True))
-        watch(Collapsed(3, 0.01, 0.3, 1, one_step=True, remedy="n-fgsm"))
+        watch(Collapsed(3, 0.01, 0.3, 1, overfitted=True, remedy="n-fgsm"))
         watch(EpochEnd(4, 4, 0.8, 0.2, "pgd:steps=10 Linf:8/255", True))
     lines = capsys.readouterr().err.splitlines()
     assert lines[:3] == ["loading the model", "warning: slow", "model: tiny"]

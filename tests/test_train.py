@@ -16,7 +16,7 @@ from robustify.errors import UserError
 from robustify.evaluation import counted
 from robustify.events import Collapsed, EpochEnd, StepEnd
 from robustify.methods import FastAt, FreeAt, Gaat, Mart, MultiNorm, PgdAt, Standard, Trades, Wasserstein
-from robustify.methods.remedies import has_collapsed, next_remedy, remedied
+from robustify.methods.remedies import has_fallen, is_blind, next_remedy, remedied
 from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
 from robustify.sensitivity import UpsilonTracker
@@ -157,8 +157,7 @@ def test_not_a_number_stops_at_once_with_the_facts(tmp_path):
 def test_collapse_is_named_and_rolled_back(tmp_path, monkeypatch):
     from robustify import train as loop
 
-    scores = iter([0.1, 0.5, 0.55, 0.2, 0.6])  # the first is the start's
-    monkeypatch.setattr(loop, "_probe", lambda *_: (0.9, next(scores), "probe"))
+    collapsing(monkeypatch, iter([0.1, 0.5, 0.55, 0.2, 0.6]))  # the first is the start's
     kept = {}
     plain = loop._save_best
 
@@ -337,8 +336,8 @@ def test_a_start_whose_weights_were_drawn_anew_is_no_candidate(tmp_path, monkeyp
         (0.6, 0.5, 512, False),
     ],
 )
-def test_what_counts_as_collapse(score, best, n, fell):
-    assert has_collapsed(score, best, 0.2, n) == fell
+def test_what_counts_as_a_fall(score, best, n, fell):
+    assert has_fallen(score, best, 0.2, n) == fell
 
 
 @pytest.mark.parametrize(
@@ -367,10 +366,18 @@ def test_what_the_remedies_make_of_a_method():
     assert remedied(FastAt(), []) == FastAt()
 
 
-def collapsing(monkeypatch, scores):
+def collapsing(monkeypatch, scores, aligned=None):
+    """The probe finds these scores; the gradients are aligned as given, or the less the lower the score."""
     from robustify import train as loop
 
-    monkeypatch.setattr(loop, "_probe", lambda *_: (0.9, next(scores), "probe"))
+    last = [0.0]
+
+    def probe(*_):
+        last[0] = next(scores)
+        return 0.9, last[0], "probe"
+
+    monkeypatch.setattr(loop, "_probe", probe)
+    monkeypatch.setattr(loop, "_alignment", lambda *_: last[0] if aligned is None else aligned)
 
 
 def test_after_a_collapse_training_goes_on_from_the_best_weights_with_the_remedy(tmp_path, monkeypatch):
@@ -382,7 +389,7 @@ def test_after_a_collapse_training_goes_on_from_the_best_weights_with_the_remedy
     collapsing(monkeypatch, iter(scores))
     whole = setup_for(FastAt(), **kwargs)
     outcome, events = run(whole, tmp_path / "a")
-    collapses = [(e.epoch, e.best_epoch, e.one_step, e.remedy) for e in events if isinstance(e, Collapsed)]
+    collapses = [(e.epoch, e.best_epoch, e.overfitted, e.remedy) for e in events if isinstance(e, Collapsed)]
     assert collapses == [(2, 1, True, "n-fgsm"), (4, 1, True, "pgd-2")]
     assert (outcome.remedies, outcome.collapsed, outcome.best_epoch) == (("n-fgsm", "pgd-2"), False, 6)
     assert whole.method == PgdAt(steps=2, step_ratio=1)
@@ -404,6 +411,20 @@ def test_after_a_collapse_training_goes_on_from_the_best_weights_with_the_remedy
     assert again.remedies == outcome.remedies
     for a, b in zip(whole.model.state_dict().values(), continued.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("method", [FastAt(), PgdAt(steps=1)])
+def test_a_dip_is_not_a_collapse_until_it_stays(method, tmp_path, monkeypatch):
+    """The gradients stay aligned: no overfitting, so the next epoch decides."""
+    collapsing(monkeypatch, iter([0.1, 0.6, 0.3, 0.5, 0.3, 0.2, 0.6]), aligned=0.9)
+    _, events = run(setup_for(method, epochs=6), tmp_path)
+    remedy = "n-fgsm" if method.name == "fast-at" else "stop"
+    assert [(e.epoch, e.overfitted, e.remedy) for e in events if isinstance(e, Collapsed)] == [(5, False, remedy)]
+
+
+def test_an_attack_is_blind_when_the_alignment_has_halved():
+    assert [is_blind(a, 0.8) for a in (0.39, 0.41, None)] == [True, False, False]
+    assert not is_blind(0.1, 0.0)  # no epoch to compare with
 
 
 def test_a_collapsed_epoch_is_not_kept_even_where_the_last_one_is(tmp_path, monkeypatch):

@@ -15,11 +15,21 @@ Remedy = Literal["smaller-alpha", "n-fgsm", "pgd-2", "stop"]
 LADDER: tuple[Remedy, ...] = ("smaller-alpha", "n-fgsm", "pgd-2", "stop")  # each dearer or surer than the one before
 
 
-def has_collapsed(score: float, best: float, drop: float, n: int) -> bool:
-    """Whether robust accuracy on n images has collapsed: it lies below the best by more than `drop`, or, where the best is
-    too low for such a fall, by more than half of the best and three of its standard errors."""
+def has_fallen(score: float, best: float, drop: float, n: int) -> bool:
+    """Whether robust accuracy on n images has fallen from the best by more than `drop`, or, where the best is too low for
+    such a fall, by more than half of the best and three of its standard errors.
+
+    A high learning rate does that too, for an epoch, with every method. So a fall is a collapse where a one-step attack has
+    gone blind as well (`is_blind`), or where the next epoch has not recovered from it.
+    """
     noise = 3 * math.sqrt(best * (1 - best) / n)
     return best - score > min(drop, max(best / 2, noise))
+
+
+def is_blind(alignment: float | None, before: float) -> bool:
+    """Whether the gradient alignment (gradients.gradient_alignment) has fallen below half of what it was at the best epoch:
+    with catastrophic overfitting it goes to 0 (Andriushchenko and Flammarion 2020, section 4). None: not measured."""
+    return alignment is not None and alignment < before / 2
 
 
 def next_remedy(method: Method | OwnStep, wanted: Remedy | None, tried: Sequence[str]) -> Remedy:
