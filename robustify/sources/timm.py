@@ -12,6 +12,10 @@ from robustify.sources.checkpoint import Checkpoint
 from robustify.sources.options import Options, refuse_loading
 
 
+# what timm sets where it fills a network with its weights, and not where it builds the exported one again
+_WITH_WEIGHTS: dict[str, dict[str, Any]] = {"fbnetc_100": {"bn_eps": 1e-3}}
+
+
 def exists(name: str) -> bool:
     """Return whether timm knows the architecture of NAME or NAME.TAG. Imports timm."""
     import timm
@@ -50,7 +54,8 @@ def load(name: str, options: Options) -> Checkpoint:
     size = options.input_size(tuple(cfg["input_size"]))
     overlay: dict[str, Any] = {"tag": cfg.get("tag"), "input_size": size}
     source = _weights(name, cfg, options.allow_pickle) if pretrained else {}
-    arguments: dict[str, Any] = {"pretrained_cfg_overlay": overlay | source, "num_classes": classes, **options.args}
+    args = {**(_WITH_WEIGHTS.get(arch, {}) if pretrained else {}), **options.args}
+    arguments: dict[str, Any] = {"pretrained_cfg_overlay": overlay | source, "num_classes": classes, **args}
     try:
         net = timm.create_model(name, pretrained=pretrained, **arguments)
     except AssertionError as error:  # timm 1.0.9 takes LeViT's tensors in the order of the file
@@ -66,7 +71,7 @@ def load(name: str, options: Options) -> Checkpoint:
     for key in ("state_dict", "file"):  # timm keeps its overlay with the model: a second copy of all weights
         vars(net)["pretrained_cfg"].pop(key, None)
     return Checkpoint(
-        model=PixelModel(net, cfg["mean"], cfg["std"]).eval(), arch=arch, arch_args=dict(options.args), num_classes=classes,
+        model=PixelModel(net, cfg["mean"], cfg["std"]).eval(), arch=arch, arch_args=args, num_classes=classes,
         input_size=size, base_id=_base_id(name, cfg) if pretrained else arch,
         license=cfg.get("license") if pretrained else None,
         dataset="imagenet" if pretrained and own == 1000 and "in1k" in str(cfg.get("tag")) else None,

@@ -123,3 +123,17 @@ def test_tensors_in_any_order(tmp_path):
 def test_wrong_names(source, said):
     with pytest.raises(UserError, match=said):
         sources.load(source)
+
+
+def test_what_timm_changes_for_the_sake_of_weights_is_exported(tmp_path):
+    """fbnetc_100 has another epsilon in BatchNorm where its weights are loaded: built again, it must have it too."""
+    net = timm.create_model("fbnetc_100", bn_eps=1e-3).eval()
+    folder = hub_folder(tmp_path, "timm/fbnetc_100.rmsp_in1k")
+    folder.mkdir(parents=True)
+    save_file(net.state_dict(), folder / "pytorch_model.safetensors")
+    save_file(net.state_dict(), folder / "model.safetensors")
+    checkpoint = sources.load("fbnetc_100")
+    again = timm.create_model(checkpoint.arch, num_classes=1000, **checkpoint.arch_args).eval()
+    again.load_state_dict(checkpoint.model.net.state_dict())
+    x = torch.rand(1, 3, 64, 64)
+    assert torch.equal(again(x), checkpoint.model.net(x))
