@@ -66,8 +66,9 @@ class TrainSettings(Settings):
     init_noise * std(w) of Gaussian noise. awp: size of the adversarial weight perturbation (the paper's gamma, 0.005 to
     0.01), which doubles the training passes. probe_images: held-out images on which robust accuracy is watched every epoch,
     the best epoch is kept and a fall of collapse_drop below it is a collapse, if the next epoch has not recovered from it or
-    a one-step attack has gone blind. on_collapse: what training goes on with from there, smaller-alpha, n-fgsm or pgd-2, or stop (None: n-fgsm for fast-at, pgd-2 for gaat, stop for the others).
-    accelat: the sizes of that schedule's rule. keep: the epoch that was most robust on the probe's images, or the last one.
+    a one-step attack has gone blind. on_collapse: what training goes on with from there, smaller-alpha, n-fgsm or pgd-2, or
+    stop (None: n-fgsm for fast-at, pgd-2 for gaat, stop for the others). accelat: the sizes of that schedule's rule. keep:
+    the epoch that was most robust on the probe's images, or the last one.
     max_clean_drop: afterwards, go back from the trained weights toward the loaded ones until clean accuracy on the held-out
     images is at most so many points below theirs, to the most robust such point of the line (robustify.blend)."""
 

@@ -11,7 +11,6 @@ from robustify.sources import hub, local, transformers, weights
 from robustify.sources.checkpoint import Checkpoint
 from robustify.sources.options import Options, refuse_loading
 
-
 # what timm sets where it fills a network with its weights, and not where it builds the exported one again
 _WITH_WEIGHTS: dict[str, dict[str, Any]] = {"fbnetc_100": {"bn_eps": 1e-3}}
 
