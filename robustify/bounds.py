@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from robustify.errors import UserError
 from robustify.gradients import input_gradient
 from robustify.losses import LOSSES
-from robustify.modes import borrowed
+from robustify.modes import borrowed, full_precision
 from robustify.sensitivity import Sensitivity, budgets, conjugate, upsilon
 from robustify.threat import Norm, dual_norms, per_image, steepest
 
@@ -47,6 +47,7 @@ class Estimates:
         return self.lower / a, self.upper / a
 
 
+@full_precision()
 def accuracy_estimates(
     model: nn.Module,
     x: Tensor,

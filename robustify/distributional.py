@@ -18,7 +18,7 @@ from torch import Tensor
 from robustify import flips
 from robustify.attacks import AttackSpec
 from robustify.knapsack import worst_accuracy
-from robustify.measure import Passes, Run, check_budget, counted, gathered, withstands
+from robustify.measure import Passes, Run, check_budget, counted, gathered, kept_images, withstands
 from robustify.pieces import Arrays
 from robustify.report import Row
 from robustify.threat import Norm, ThreatModel, per_image
@@ -36,12 +36,17 @@ def moved_together(
         piece = run.pieces.read(f"{name} {threat.spec}")
     else:
         with counted(run.model) as passes:
-            held, size = _whole_set(run, spec, threat)
+            held, size, images = _whole_set(run, spec, threat)
         spent = torch.tensor([passes.forward, passes.backward], device=run.device, dtype=torch.float64)
         forward, backward = run.world.sum(spent).tolist()
         piece = {
             "held": held & clean,
             "distance": np.where(held, np.inf, size).astype(np.float32),
+            "row": np.array(f"{name} {threat.spec}"),
+            "rows": np.arange(len(clean)),
+            "threat": np.array(threat.spec),
+            "norm": np.array(threat.norm),
+            **images,
             "forward": np.array(forward),
             "backward": np.array(backward),
             "seconds": np.array(time.perf_counter() - begin),
@@ -54,8 +59,13 @@ def moved_together(
     return row, held, piece["distance"]
 
 
-def _whole_set(run: Run, spec: AttackSpec, threat: ThreatModel) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each image withstands, and how far it was moved; the budget is checked over all processes."""
+def _whole_set(
+    run: Run, spec: AttackSpec, threat: ThreatModel
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Whether each image withstands, how far it was moved, and on request the images that moved, of all processes.
+
+    The budget is checked over all of them, too.
+    """
     lists = run.lists(np.arange(len(run.chosen)))
     parts = list(run.read([lists[i] for i in run.mine(len(lists))]))
     device = run.device
@@ -69,7 +79,9 @@ def _whole_set(run: Run, spec: AttackSpec, threat: ThreatModel) -> tuple[np.ndar
     steps = range(0, len(x), run.batch_size)
     found = [withstands(run.model, x_adv[i : i + run.batch_size], y[i : i + run.batch_size]).cpu() for i in steps]
     sizes = [flips.distance(x_adv, x, threat.norm).cpu()]
-    return gathered(run.world, found, torch.bool), gathered(run.world, sizes, torch.float64)
+    mine = kept_images(x, x_adv) if run.keep else {}
+    images = {what: run.world.gather(torch.from_numpy(part)).numpy() for what, part in mine.items()}
+    return gathered(run.world, found, torch.bool), gathered(run.world, sizes, torch.float64), images
 
 
 @dataclass
@@ -93,10 +105,10 @@ def search(run: Run, spec: AttackSpec, norm: Norm, clean: np.ndarray, classes: i
             if run.pieces and number in known:
                 done.append(run.pieces.read(f"{name} {number}"))
                 continue
-            piece = {**_search_batch(run, spec, norm, *next(images)), "search": np.array(name), "rows": lists[number]}
+            piece = {**_search_batch(run, spec, norm, *next(images)), "row": np.array(name), "rows": lists[number]}
             if run.pieces:
                 run.pieces.write(f"{name} {number}", piece)
-            done.append({what: value for what, value in piece.items() if what != "x_adv"})
+            done.append({what: value for what, value in piece.items() if what not in ("moved", "x_adv")})
     found = gathered(run.world, [torch.from_numpy(piece["distance"]) for piece in done], torch.float64)
     spent = [sum(float(piece[what]) for piece in done) for what in ("forward", "backward", "seconds")]
     forward, backward, seconds = run.world.sum(torch.tensor(spent, dtype=torch.float64, device=run.device)).tolist()
@@ -120,8 +132,9 @@ def _search_batch(run: Run, spec: AttackSpec, norm: Norm, x: Tensor, y: Tensor) 
         "forward": np.array(passes.forward),
         "backward": np.array(passes.backward),
         "seconds": np.array(time.perf_counter() - begin),
+        "norm": np.array(norm),
     }
-    return {**piece, "x_adv": torch.where(per_image(holds, x), found.images, x).cpu().numpy()} if run.keep else piece
+    return piece | kept_images(x, torch.where(per_image(holds, x), found.images, x)) if run.keep else piece
 
 
 def bought(

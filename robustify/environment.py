@@ -8,12 +8,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+PACKAGES = ("robustify", "torch", "timm", "pyautoattack")  # whose versions decide what a verdict is
+
 
 def environment(device: str = "cpu") -> dict[str, Any]:
     """Return what a figure may depend on: versions, the device's name, threads, platform."""
     import torch
 
-    versions = {name: version_of(name) for name in ("robustify", "torch", "timm", "numpy")}
+    versions = {name: version_of(name) for name in (*PACKAGES, "numpy")}
     on_gpu = torch.device(device).type == "cuda"
     name = torch.cuda.get_device_name(torch.device(device)) if on_gpu else _processor()
     place = {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}

@@ -17,7 +17,7 @@ from robustify.attacks.transfer import transfer
 from robustify.data import Split
 from robustify.distributed import World
 from robustify.distributional import Search, bought, moved_together, search, search_name
-from robustify.environment import environment
+from robustify.environment import PACKAGES, environment
 from robustify.errors import UserError
 from robustify.measure import Clean, Passes, Run, Tell, counted, measure_clean, withstands
 from robustify.modes import Shadow, full_precision
@@ -82,7 +82,7 @@ def evaluate(
     of the same classes; PGD on it is one more attack on the model, and a sign of masking where it beats the others.
 
     Raises UserError for bad attacks, n, or images, when the model changes under evaluation, and when resume_folder or
-    `finished` was begun with another model, data or settings.
+    `finished` was begun with another model, data or settings, resume_folder also with other versions or on another device.
     """
     world = world or World()
     several = [threats] if isinstance(threats, ThreatModel) else list(threats)
@@ -123,37 +123,45 @@ def evaluate(
         (found,) = run.gather_texts([_look_at(run)] if world.is_main else [])
         checks, more = json.loads(found)
         notes += more
-    if resume_folder is not None:
-        run.pieces = Pieces(Path(resume_folder), facts, world)
+    here = environment(str(run.device))
+    if resume_folder is not None:  # a report is of one stack: another version or processor rounds otherwise
+        device = " and ".join(sorted(set(run.gather_texts([here["device"]]))))
+        stack = {**{name: here[name] for name in PACKAGES}, "device": device}
+        run.pieces = Pieces(Path(resume_folder), {**facts, **stack}, world)
     rows, verdicts = [clean.row], {clean.row.key: clean.right}
     distances: dict[str, np.ndarray] = {}
+    nearest: dict[Norm, np.ndarray] = {}  # by which any attack so far flipped each image
+
+    def flipped(norm: Norm, size: np.ndarray) -> None:
+        nearest[norm] = np.minimum(nearest.get(norm, size), size)
+
     if any(stage.run in AUTHORS for _, spec, threat in plan for stage in spec.cascade(threat, clean.classes).stages):
         notes += sanity.of_warnings(run.gather_texts(_authors_warnings(run) if world.is_main else []), "pyautoattack")
     if surrogate is not None:
-        stage = Stage("transfer", transfer(surrogate[1]), {"steps": 20})
+        stage = Stage("transfer", transfer(surrogate[1]), {"steps": 20}, (surrogate[1],))
         settings = {"surrogate": surrogate[0], "surrogate_accuracy": _accuracy(run, surrogate[1]), **stage.settings}
         for threat in dict.fromkeys(threat.pointwise() for threat in several):
             row, held, size = pointwise(run, "transfer", Cascade("", (stage,)), settings, threat, clean)
             rows.append(row)
             verdicts[row.key], distances[row.key] = held, size
+            flipped(threat.norm, size)
     searches: dict[str, Search] = {}
-    nearest: dict[Norm, np.ndarray] = {}  # by which any attack so far flipped each image
     for name, spec, threat in plan:
         if spec.name == "knapsack":
             key = search_name(spec, threat.norm)
             if key not in searches:
                 searches[key] = search(run, spec, threat.norm, clean.right, clean.classes)
-            flipped = nearest.get(threat.norm, searches[key].distances)
-            row, distances[f"{name} {threat.spec}"] = bought(name, spec, threat, searches[key], flipped)
+            known = nearest.get(threat.norm, searches[key].distances)
+            row, distances[f"{name} {threat.spec}"] = bought(name, spec, threat, searches[key], known)
             searches[key] = Search(searches[key].distances, Passes(), 0.0)  # it is paid for
         elif spec.info.distributional:
             row, verdicts[f"{name} {threat.spec}"], size = moved_together(run, name, spec, threat, clean.right)
-            nearest[threat.norm] = np.minimum(nearest.get(threat.norm, size), size)
+            flipped(threat.norm, size)
         else:
             cascade = spec.cascade(threat, clean.classes)
             row, held, size = pointwise(run, name, cascade, spec.settings, threat, clean)
             verdicts[row.key], distances[row.key] = held, size
-            nearest[threat.norm] = np.minimum(nearest.get(threat.norm, size), size)
+            flipped(threat.norm, size)
             notes += sanity.of_warnings(run.gather_texts(run.warned), row.key)
             run.warned.clear()
             label = row.settings.get("version", "standard")
@@ -169,7 +177,7 @@ def evaluate(
         split_name,
         rows,
         verdicts,
-        environment(str(run.device)),
+        here,
         seed,
         notes=list(dict.fromkeys(notes)),
         distances=distances,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from robustify.errors import UserError
 from robustify.gradients import input_gradient
 from robustify.losses import margin
-from robustify.modes import borrowed
+from robustify.modes import borrowed, full_precision
 from robustify.rng import Draws, mix
 from robustify.threat import LARGEST_RADIUS, Norm, dual_norms, norms, per_image, project, steepest, uniform_in_ball
 
@@ -45,6 +45,7 @@ class Flips:
     norm: Norm
 
 
+@full_precision()
 def flip_distances(
     model: nn.Module,
     x: Tensor,

@@ -42,6 +42,7 @@ def gradient_norms(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], l
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
 
 
+@full_precision()
 def gradient_alignment(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Draws]], threat: ThreatModel
 ) -> Tensor:

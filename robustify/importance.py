@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from robustify.losses import LOSSES, Loss
-from robustify.modes import borrowed
+from robustify.modes import borrowed, full_precision
 from robustify.sensitivity import Sensitivity
 
 UNIFORM = 0.1  # share of the draws that is uniform: bounds every weight where the network's Jacobian varies
 MIN_DRAWS = 64
 
 
+@full_precision()
 def logit_slopes(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss: str | Loss) -> Tensor:
     """Return ||dJ/dlogits||_2 of every image, [N] on the CPU, at one forward pass each."""
     objective = LOSSES[loss] if isinstance(loss, str) else loss

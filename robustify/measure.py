@@ -154,10 +154,21 @@ def withstands(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return model(x).argmax(1) == y
 
 
+def kept_images(x: Tensor, x_adv: Tensor) -> dict[str, np.ndarray]:
+    """What a piece keeps of adversarial images: moved bool [b], and those that moved."""
+    moved = (x_adv != x).flatten(1).any(1)
+    return {"moved": moved.cpu().numpy(), "x_adv": x_adv[moved].cpu().numpy()}
+
+
+def check_range(x_adv: Tensor) -> None:
+    """Assert that all pixels are in [0,1]."""
+    if len(x_adv) and not (float(x_adv.min()) >= 0 and float(x_adv.max()) <= 1):
+        raise AssertionError(f"an attack left the pixel range: [{float(x_adv.min())}, {float(x_adv.max())}]")
+
+
 def check_budget(x: Tensor, x_adv: Tensor, threat: ThreatModel, world: World | None = None) -> None:
     """Assert the budget: an attack that leaves its ball or the pixel range gives a number that means nothing, a bug."""
-    if len(x) and not (float(x_adv.min()) >= 0 and float(x_adv.max()) <= 1):
-        raise AssertionError(f"an attack left the pixel range: [{float(x_adv.min())}, {float(x_adv.max())}]")
+    check_range(x_adv)
     size = norms(x_adv - x, threat.norm).double() if len(x) else torch.zeros(0, dtype=torch.float64, device=x.device)
     if threat.p is None or threat.p == torch.inf:
         spent = float(size.max()) if len(x) else 0.0

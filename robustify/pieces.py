@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from robustify import files
 from robustify.distributed import World
+from robustify.environment import PACKAGES
 from robustify.errors import UserError
 
 Arrays = Mapping[str, np.ndarray]
@@ -87,17 +89,25 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def differences(known: Facts, facts: Facts) -> str:
+    """Which of the facts are others in `known`, as `seed and n (seed: 0 there, 1 here; ...)`; empty when none is."""
+    other = [name for name, value in facts.items() if known.get(name) != value]
+    shown = "; ".join(f"{name}: {known.get(name)} there, {facts[name]} here" for name in other)
+    return f"{' and '.join(other)} ({shown})" if other else ""
+
+
 def same_facts(known: Facts, facts: Facts, place: str, hint: str) -> None:
     """Raise UserError when an evaluation, known by where it is, was begun with other facts."""
-    other = [name for name, value in facts.items() if known.get(name) != value]
-    if other:
-        shown = "; ".join(f"{name}: {known.get(name)} there, {facts[name]} here" for name in other)
-        raise UserError(f"the evaluation in {place} was begun with another {' and '.join(other)} ({shown})", hint)
+    if other := differences(known, facts):
+        raise UserError(f"the evaluation in {place} was begun with another {other}", hint)
 
 
 def _same_facts(folder: Path, facts: Facts) -> None:
-    hint = "go on with what it was begun with, or remove the folder to begin anew"
-    same_facts(facts_of(folder), facts, str(folder), hint)
+    known = facts_of(folder)
+    packages = [f"'{name}=={known[name]}'" for name in PACKAGES if known.get(name, facts.get(name)) != facts.get(name)]
+    install = f": pip install {' '.join(packages)}" if packages else ""
+    hint = f"go on with what it was begun with{install}; or begin anew: rm -r {shlex.quote(str(folder))}"
+    same_facts(known, facts, str(folder), hint)
 
 
 def _read(path: Path) -> Arrays:

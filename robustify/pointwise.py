@@ -14,7 +14,7 @@ from torch import Tensor
 
 from robustify.attacks.cascade import Cascade, Stage
 from robustify.flips import distance
-from robustify.measure import Clean, Passes, Run, check_budget, counted, gathered, withstands
+from robustify.measure import Clean, Passes, Run, check_budget, counted, gathered, kept_images, withstands
 from robustify.pieces import Arrays
 from robustify.report import Row
 from robustify.threat import ThreatModel
@@ -57,7 +57,8 @@ def _attacked(run: Run, name: str, stage: Stage, threat: ThreatModel, lists: Seq
             piece = run.pieces.read(f"{name} {number}")
         else:
             piece = _attack(run, stage, threat, number, *next(images))
-            piece |= {"rows": lists[number], "row": np.array(name.rpartition(" ")[0]), "threat": np.array(threat.spec)}
+            piece |= {"rows": lists[number], "row": np.array(name.rpartition(" ")[0])}
+            piece |= {"threat": np.array(threat.spec), "norm": np.array(threat.norm)}
             if run.pieces:
                 run.pieces.write(f"{name} {number}", piece)
         run.tell(f"{stage.name} {threat}", done, len(mine))
@@ -67,7 +68,7 @@ def _attacked(run: Run, name: str, stage: Stage, threat: ThreatModel, lists: Seq
 def _attack(run: Run, stage: Stage, threat: ThreatModel, number: int, x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
     """Attack one batch: held bool [b], distance float32 [b], passes, seconds, warnings; on request what moved."""
     begin = time.perf_counter()
-    with counted(*{run.model, run.search}) as passes, heard() as texts:
+    with counted(*{run.model, run.search, *stage.through}) as passes, heard() as texts:
         x_adv = stage.attack(run.search, x, y, threat, run.seed, number)
         check_budget(x, x_adv, threat)
         held = withstands(run.model, x_adv, y)
@@ -81,8 +82,7 @@ def _attack(run: Run, stage: Stage, threat: ThreatModel, number: int, x: Tensor,
         "seconds": np.array(time.perf_counter() - begin),
     }
     if run.keep:
-        moved = (x_adv != x).flatten(1).any(1)
-        piece |= {"moved": moved.cpu().numpy(), "x_adv": x_adv[moved].cpu().numpy()}
+        piece |= kept_images(x, x_adv)
     return piece
 
 

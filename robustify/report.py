@@ -32,7 +32,7 @@ class Row:
 
     threat:  ThreatModel.spec; None for clean.
     correct: how many of the n examples withstood; fractional where a distributional adversary mixes perturbations.
-    passes:  average forward and backward passes per image; seconds: wall time of the whole row.
+    passes:  average forward and backward passes per image, of all networks that it took; seconds: wall time of the whole row.
     """
 
     attack: str
@@ -227,6 +227,17 @@ class Report:
         headlines = [dataclasses.asdict(self.headline(threat)) for threat in self.threats]
         figures = {"data": self.data, "split": self.split, "seed": self.seed, "rows": rows, "headlines": headlines}
         return hashlib.sha256(json.dumps(plain(figures), sort_keys=True).encode()).hexdigest()[:12]
+
+    def __repr__(self) -> str:
+        return f"<Report of {self.model_id} on {self.data}, {self.split}: {len(self.rows)} rows>"
+
+    def __str__(self) -> str:
+        """The table and the notes, for people."""
+        table = self.table()
+        lines = [list(table[0]), *(list(line.values()) for line in table)] if table else []
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        aligned = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+        return "\n".join([f"{self.model_id} on {self.data}, {self.split}", *aligned, *self.notes])
 
     def table(self) -> list[dict[str, str]]:
         """Return the lines to show as text: attack, threat, accuracy, interval, n, seconds; worst cases come last."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,15 +13,16 @@ import torch
 from helpers import tiny_net, toy_data
 from torch import nn
 
-from robustify import distributional, pieces, pointwise
+from robustify import distributional, environment, evaluation, flips, pieces, pointwise
 from robustify.attacks import AttackSpec, pgd
 from robustify.data import from_tensors
 from robustify.errors import UserError
 from robustify.evaluation import counted, evaluate
+from robustify.flips import Flips
 from robustify.knapsack import worst_accuracy
 from robustify.recheck import recheck
 from robustify.report import Report, load_pair, save_pair
-from robustify.threat import ThreatModel
+from robustify.threat import ThreatModel, per_image
 
 ATTACKS = ["fgsm", "pgd:steps=3,restarts=2", "autoattack:steps=2,queries=4,targets=2", "w-pgd:steps=3"]
 ATTACKS += ["knapsack:steps=4,targets=2,restarts=1"]
@@ -174,27 +178,36 @@ def test_one_search_serves_every_radius_and_leaves_no_more_than_w_pgd(model, spl
     assert steps[-1][1] * 0.8 <= steps[-1][0] <= steps[-1][1]
 
 
-def test_stored_images_give_the_verdicts_again(model, split, tmp_path):
+@pytest.fixture
+def half_blind(monkeypatch):
+    """A search that finds no flip of every other image, so that the knapsack buys those of other attacks."""
+
+    def search(model, x, y, *, norm, **settings):
+        found = flip_batch(model, x, y, norm=norm, **settings)
+        lost = (torch.arange(len(x)) % 2 == 0) & (found.distances > 0)
+        return Flips(found.distances.masked_fill(lost, torch.inf), torch.where(per_image(lost, x), x, found.images), norm)
+
+    flip_batch = flips.flip_batch
+    monkeypatch.setattr(flips, "flip_batch", search)
+
+
+def kept_evaluation(model, split, tmp_path, **more) -> tuple[Report, Path]:
     folder, kept = tmp_path / "partial", tmp_path / "report.adversarials"
-    report = measured(model, split, n=50, resume_folder=folder, keep_adversarials=True)
+    report = measured(model, split, resume_folder=folder, keep_adversarials=True, **more)
     pieces.finish(folder, kept)
-    assert not folder.exists()
-    found = recheck(model, split, report, kept)
-    assert set(found) == {row.key for row in report.rows if row.kind == "pointwise" or row.attack == "knapsack"}
-    assert set(found.values()) == {0}
-    key = report.rows[2].key
-    wrong = {**report.verdicts, key: ~report.verdicts[key]}
-    forged = Report.from_json(
-        {
-            **report.to_json(),
-            "rows": [
-                {**row, "correct": int(wrong[kind].sum()) if (kind := report.rows[i].key) == key else row["correct"]}
-                for i, row in enumerate(report.to_json()["rows"])
-            ],
-        },
-        wrong,
-    )
-    assert recheck(model, split, forged, kept)[key] == 50
+    return report, kept
+
+
+def test_stored_images_give_every_verdict_again(model, split, tmp_path, half_blind):
+    """Clean, pointwise and distributional; the knapsack's flips too, whoever found them."""
+    report, kept = kept_evaluation(model, split, tmp_path, n=50, surrogate=("other", tiny_net(seed=1)))
+    assert not (tmp_path / "partial").exists()
+    assert recheck(model, split, report, kept) == {row.key: 0 for row in report.rows}
+    bought = report.distances[report.rows[-1].key]
+    assert any((bought[piece["rows"]] < piece["distance"].astype(np.float32)).any() for piece in searches(kept))
+    for number in (2, -2):
+        key = report.rows[number].key
+        assert recheck(model, split, forged(report, key), kept)[key] == 50
     with torch.no_grad():
         next(model.parameters())[0] += 0.1
     with pytest.raises(UserError, match="another model"):
@@ -203,22 +216,76 @@ def test_stored_images_give_the_verdicts_again(model, split, tmp_path):
         recheck(model, split, report, tmp_path / "nothing")
 
 
-def test_stored_images_must_keep_their_budget(model, split, tmp_path):
-    report = measured(model, split, resume_folder=tmp_path, keep_adversarials=True)
-    path = next(path for path in tmp_path.glob("fgsm*.npz"))
-    with np.load(path) as arrays:
-        piece = dict(arrays)
-    piece["x_adv"] = 1 - piece["x_adv"]
-    np.savez_compressed(path, **piece)
-    with pytest.raises(AssertionError, match="budget"):
-        recheck(model, split, report, tmp_path)
-    path.unlink()
-    path = next(path for path in tmp_path.glob("flips*.npz"))
-    with np.load(path) as arrays:
-        piece = dict(arrays)
-    np.savez_compressed(path, **{**piece, "distance": piece["distance"] / 2})
-    moved = np.isfinite(piece["distance"]) & (piece["distance"] > 0)
-    assert recheck(model, split, report, tmp_path)[report.rows[-1].key] == moved.sum() > 0
+def searches(kept: Path) -> list[pieces.Arrays]:
+    return [piece for piece in pieces.pieces_of(kept, {}) if str(piece["row"]).startswith("flips")]
+
+
+def forged(report: Report, key: str) -> Report:
+    """The report with all verdicts of a row turned round."""
+    verdicts = {**report.verdicts, key: ~report.verdicts[key]}
+    rows = [
+        dataclasses.replace(row, correct=int(verdicts[key].sum())) if row.key == key else row for row in report.rows
+    ]
+    return dataclasses.replace(report, rows=rows, verdicts=verdicts)
+
+
+def test_only_the_images_of_this_report_are_checked(model, split, tmp_path):
+    report, kept = kept_evaluation(model, split, tmp_path)
+    for other in (
+        measured(model, split, seed=3, keep_adversarials=True, resume_folder=tmp_path / "a"),
+        evaluate(model, split, ["fgsm"], THREAT, batch_size=BATCH, seed=2),
+        dataclasses.replace(report, facts={}),
+    ):
+        with pytest.raises(UserError, match="are not those of the report"):
+            recheck(model, split, other, kept)
+
+
+def test_stored_images_must_keep_their_budget_and_be_there(model, split, tmp_path):
+    report, kept = kept_evaluation(model, split, tmp_path)
+
+    def changed(pattern: str, change) -> None:
+        path = next(kept.glob(pattern))
+        with np.load(path) as arrays:
+            piece = dict(arrays)
+        np.savez_compressed(path, **{**piece, "x_adv": change(piece["x_adv"])})
+
+    changed("flips*.npz", lambda x_adv: 0.5 * x_adv)
+    assert recheck(model, split, report, kept)[report.rows[-1].key] > 0
+    next(kept.glob("fgsm*.npz")).unlink()
+    assert recheck(model, split, report, kept)[report.rows[1].key] > 0
+    changed("w-pgd*.npz", lambda x_adv: 1 - x_adv)
+    with pytest.raises(UserError, match=r"w-pgd.*budget"):
+        recheck(model, split, report, kept)
+
+
+def test_a_surrogates_flips_are_bought_and_its_passes_counted(model, split, half_blind):
+    """Its images are flips like any other's."""
+    attacks, threat = ["knapsack:steps=4,targets=1,restarts=1"], ThreatModel.parse("W2-Linf:6/255")
+    alone = evaluate(model, split, attacks, threat, batch_size=BATCH)
+    helped = evaluate(model, split, attacks, threat, batch_size=BATCH, surrogate=("twin", copy.deepcopy(model)))
+    row = next(row for row in helped.rows if row.attack == "transfer")
+    transferred = helped.distances[row.key]
+    bought, before = (report.distances[report.rows[-1].key] for report in (helped, alone))
+    assert (bought == np.minimum(transferred, before)).all()
+    assert (bought < before).any()
+    share = alone.rows[0].accuracy
+    assert row.passes == {"forward": pytest.approx(21 * share, abs=1e-3), "backward": pytest.approx(20 * share, abs=1e-3)}
+
+
+def test_an_evaluation_does_not_go_on_with_other_versions_or_another_device(model, split, tmp_path, monkeypatch):
+    """A report is of one stack: other versions, another processor round otherwise."""
+    measured(model, split, resume_folder=tmp_path / "partial")
+    real = environment.environment()
+    assert {"torch", "pyautoattack", "robustify"} <= real.keys()
+    for name, hint in (("torch", "pip install 'torch=="), ("pyautoattack", "pip install"), ("device", "rm -r")):
+        monkeypatch.setattr(evaluation, "environment", lambda device, name=name: {**real, name: "another"})
+        with pytest.raises(UserError, match=f"another {name} .*{name}: .* there, another here") as refused:
+            measured(model, split, resume_folder=tmp_path / "partial")
+        assert hint in refused.value.hint
+        assert "rm -r" in refused.value.hint
+    finished = measured(model, split)
+    monkeypatch.setattr(evaluation, "environment", lambda device: {**real, "torch": "1.0"})
+    assert measured(model, split, finished=finished) is finished  # whole, and it says of which versions it is
 
 
 def test_what_is_per_example_survives_the_disk(model, split, tmp_path):

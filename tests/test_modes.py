@@ -7,10 +7,14 @@ from torch import nn
 
 import robustify
 from robustify.attacks import ATTACKS, fgsm
-from robustify.gradients import gradient_norms, input_gradient
+from robustify.bounds import accuracy_estimates
+from robustify.flips import flip_distances
+from robustify.gradients import gradient_alignment, gradient_norms, input_gradient
+from robustify.importance import logit_slopes
 from robustify.losses import ce
 from robustify.modes import Shadow, borrowed
 from robustify.pixels import PixelModel
+from robustify.rng import Draws
 from robustify.threat import ThreatModel
 
 X, Y = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 4
@@ -135,7 +139,20 @@ def test_the_shadow_follows_its_source_and_keeps_the_normalisation_exact():
     assert not any(t.requires_grad for t in (*shadow.model.parameters(), *shadow.model.buffers()))
 
 
-def test_evaluation_is_in_full_precision_and_gives_the_callers_back():
+MEASUREMENTS = {
+    "evaluate": lambda net, x, y: robustify.evaluate(net, (x, y), attacks=["clean", "fgsm"], check=False),
+    "accuracy_estimates": lambda net, x, y: accuracy_estimates(net, x, y, [0.1], norm="Linf"),
+    "logit_slopes": lambda net, x, y: logit_slopes(net, [(x, y)], "ce"),
+    "gradient_norms": lambda net, x, y: gradient_norms(net, [(x, y)], "ce", "Linf"),
+    "gradient_alignment": lambda net, x, y: gradient_alignment(
+        net, [(x, y, Draws(0, x.device))], ThreatModel.parse("Linf:0.1")
+    ),
+    "flip_distances": lambda net, x, y: flip_distances(net, x, y, norm="Linf", steps=1),
+}
+
+
+@pytest.mark.parametrize("measurement", MEASUREMENTS)
+def test_what_is_measured_is_in_full_precision_and_gives_the_callers_back(measurement):
     seen = []
 
     class Net(torch.nn.Linear):
@@ -148,10 +165,10 @@ def test_evaluation_is_in_full_precision_and_gives_the_callers_back():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            net, data = Net(4, 2), (torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
-            robustify.evaluate(net, data, attacks=["clean", "fgsm"], check=False)
+            MEASUREMENTS[measurement](Net(4, 3), torch.rand(8, 1, 2, 2), torch.arange(8) % 3)
             assert torch.is_autocast_enabled("cpu")
         assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (True, True)
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-    assert set(seen[1:]) == {(torch.float32, False, False)}  # the first call only asks for the shape
+    first = 1 if measurement == "evaluate" else 0  # its first call only asks for the shape
+    assert set(seen[first:]) == {(torch.float32, False, False)}

@@ -38,6 +38,16 @@ def sample(seconds: float = 2.0) -> Report:
     return Report("timm:tiny", "cifar10", "test", rows, verdicts, {"torch": "2.4"}, seed=3, notes=["one", "two"])
 
 
+def test_printed_it_is_the_table_and_the_notes():
+    text = str(sample())
+    assert text.splitlines()[0] == "timm:tiny on cifar10, test"
+    assert text.splitlines()[1].split() == ["attack", "threat", "accuracy", "interval", "n", "seconds"]
+    assert [line.split()[0] for line in text.splitlines()[2:]] == ["clean", "pgd", "apgd-ce", "w-pgd", "worst", "one", "two"]
+    assert "87.50 %" in text
+    assert repr(sample()) == "<Report of timm:tiny on cifar10, test: 4 rows>"
+    assert str(Report("m", "d", "test", [])) == "m on d, test"
+
+
 def test_rows_give_shares_and_refuse_nonsense():
     row = sample().rows[3]
     assert row.accuracy == 3.25 / 8

@@ -123,7 +123,7 @@ def test_a_surrogate_that_beats_white_box_attacks_is_told(model):
         report = evaluate(net, labelled(model), [f"pgd:steps={steps}"], THREAT, surrogate=("plain", copy.deepcopy(model)))
         row = next(row for row in report.rows if row.attack == "transfer")
         assert row.settings == {"surrogate": "plain", "surrogate_accuracy": pytest.approx(0.89, abs=0.01), "steps": 20}
-        assert row.passes["backward"] == 0
+        assert row.passes["backward"] == pytest.approx(20 * report.clean.accuracy, abs=1e-3)  # of the surrogate
         assert report.headline(THREAT.spec).correct <= row.correct
         return report.notes
 

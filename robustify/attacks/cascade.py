@@ -19,11 +19,13 @@ AUTHORS: set[Callable[..., Tensor]] = set()
 
 @dataclass(frozen=True)
 class Stage:
-    """One attack with its settings. run: `attack(model, x, y, *, threat, ...) -> x_adv`."""
+    """One attack with its settings. run: `attack(model, x, y, *, threat, ...) -> x_adv`; through: other networks it spends
+    passes of."""
 
     name: str
     run: Callable[..., Tensor]
     settings: dict[str, Any] = field(default_factory=dict)
+    through: tuple[nn.Module, ...] = ()
 
     def attack(self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int, number: int) -> Tensor:
         """Attack batch `number` of a set, with random numbers that depend on the seed and the number only."""

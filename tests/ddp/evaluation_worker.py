@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import tiny_net, toy_data
 
-from robustify.data import from_tensors
+from robustify.data import Split, from_tensors
 from robustify.distributed import World, make_accelerator
 from robustify.evaluation import evaluate
 from robustify.threat import ThreatModel
@@ -24,9 +25,8 @@ ATTACKS = [
 ]
 
 
-def main(pieces: Path, out: Path) -> None:
-    torch.set_num_threads(1)
-    world = World(make_accelerator())
+def subject() -> tuple[nn.Module, Split]:
+    """The network and its images."""
     model = tiny_net().eval()
     x, y = toy_data(50)
     with torch.no_grad():
@@ -34,9 +34,14 @@ def main(pieces: Path, out: Path) -> None:
         model[6].weight.mul_(8)
         y = model(x).argmax(1)
     y[::7] = (y[::7] + 1) % 4
+    return model, from_tensors(*[(x, y)] * 3).test
+
+
+def main(pieces: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    world = World(make_accelerator())
     report = evaluate(
-        model,
-        from_tensors(*[(x, y)] * 3).test,
+        *subject(),
         ATTACKS,
         ThreatModel.parse("Linf:2/255"),
         batch_size=12,
