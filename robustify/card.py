@@ -11,17 +11,16 @@ from typing import Any
 
 import yaml
 
+from robustify.card_update import YOURS
 from robustify.citations import citations, published_row
 from robustify.compare import compare
 from robustify.errors import UserError
-from robustify.front_matter import WRITTEN, attack_name, dataset_name, front_matter
+from robustify.front_matter import Origin, attack_name, dataset_name, front_matter
 from robustify.intervals import percent, percent_interval
 from robustify.methods import METHODS
 from robustify.report import Headline, Report, Row, plain
 from robustify.threat import ThreatModel
 
-BEGIN, END = "<!-- robustify:begin -->", "<!-- robustify:end -->"
-YOURS = "<!-- Text outside the two robustify markers is yours: it stays when this card is made anew. -->"
 HIDDEN = ("stages", "left")  # of a cascade: they are in the report
 SIZES = {"Linf": "largest change of any channel", "L2": "Euclidean length", "L1": "sum of absolute changes"}
 
@@ -45,17 +44,16 @@ def render(
     typed. before, after: of the hardening; half: of rounding the weights. figures: captions by file.
     path: of the folder, if not the name. hub: OWNER/NAME, for the card that goes there.
     """
-    method = str(recipe["method"]["name"])
-    headlines = [after.headline(threat) for threat in after.threats]
+    method, origin = str(recipe["method"]["name"]), _origin(recipe, before, after)
     threats = dict.fromkeys([ThreatModel.parse(recipe["threat"]).spec, *after.threats])
     body = _filled(
         "template.md",
         name=name,
-        summary=_summary(name, config, recipe, before, after),
-        table=_table(before, after, headlines),
+        summary=_summary(name, config, recipe, origin, before, after),
+        table=_table(before, after),
         figures="\n\n".join(f"![{caption}]({file})" for file, caption in (figures or {}).items()),
-        notes=" ".join([*after.notes, *(f"Before hardening: {n}" for n in before.notes if n not in after.notes)]),
-        headlines="\n".join(_headline(found) for found in headlines),
+        notes=_notes(origin, before, after),
+        headlines="\n".join(_headline(found) for found in after.per_threat()),
         attacks=_attacks(after),
         seed=after.seed,
         report=after.digest(),
@@ -63,59 +61,18 @@ def render(
         threats="\n".join(f"- {_in_words(ThreatModel.parse(threat))}" for threat in threats),
         data=f"{dataset_name(after)}, {after.split} split",
         usage=_usage(name, path or name, hub, config),
-        method=method,
-        threat=_shown(recipe["threat"]),
+        method=_method(recipe),
         command=without_home(command) or "(not recorded)",
         classes=_classes(config),
         digest=config["robustness"].get("recipe"),
         recipe=without_home(yaml.safe_dump(plain(recipe), sort_keys=False)).rstrip(),
         cost=_cost(before, after, config["robustness"].get("training")),
-        license=_license(config),
+        license=_license(config, origin),
         citations=citations(config, method, after),
     )
     body = re.sub(r"\s*\n\n\n+", "\n\n", body).rstrip()  # where a fact is absent
-    return f"---\n{front_matter(name, config, method, after, half[1] if half else after)}\n---\n\n{body}\n\n{YOURS}\n"
-
-
-def update(existing: str, new: str) -> str:
-    """Return `existing` with its generated section and front matter as in `new`; everything that a person wrote stays.
-
-    Of the front matter that is the keys that robustify never writes, and tags but for the methods': what an older model's
-    card says of its license, base and data is not true of another. A text without markers gets the new section at its
-    end. Raises UserError when one of the two markers is missing or they are out of order.
-    """
-    old_head, old_body = _split(existing)
-    new_head, new_body = _split(new)
-    head = {**{key: value for key, value in old_head.items() if key not in WRITTEN}, **new_head}
-    if isinstance(old_head.get("tags"), list):
-        head["tags"] = list(dict.fromkeys([*new_head["tags"], *(tag for tag in old_head["tags"] if tag not in METHODS)]))
-    section = new_body[new_body.index(BEGIN) : new_body.index(END) + len(END)]
-    marks = old_body.count(BEGIN), old_body.count(END)
-    if marks == (0, 0):
-        body = f"{old_body.rstrip()}\n\n{section}\n"
-    elif marks == (1, 1) and old_body.index(BEGIN) < old_body.index(END):
-        body = old_body[: old_body.index(BEGIN)] + section + old_body[old_body.index(END) + len(END) :]
-    else:
-        raise UserError("the card's two robustify markers must be there once each, in order", f"{BEGIN} ... {END}")
-    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n{body}"
-
-
-def has_own_text(text: str) -> bool:
-    """Return whether a person wrote something into the card, outside the generated section."""
-    _, body = _split(text)
-    return bool(re.sub(f"{BEGIN}.*{END}", "", body, flags=re.DOTALL).replace(YOURS, "").strip())
-
-
-def _split(text: str) -> tuple[dict[str, Any], str]:
-    """The front matter, and the text that follows its closing line."""
-    found = re.match(r"---\s*\n(.*?)^---\s*\n", text, re.DOTALL | re.MULTILINE)
-    if not found:
-        return {}, "\n" + text
-    try:
-        head = yaml.safe_load(found[1]) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"the card's front matter is not valid YAML: {error}", "mend it, or move the card") from None
-    return head, "\n" + text[found.end() :].lstrip("\n")
+    head = front_matter(name, config, method, origin, after, half[1] if half else after)
+    return f"---\n{head}\n---\n\n{body}\n\n{YOURS}\n"
 
 
 def _filled(template: str, **values: Any) -> str:
@@ -123,38 +80,57 @@ def _filled(template: str, **values: Any) -> str:
     return Template(text).substitute(values)
 
 
-def _summary(name: str, config: Mapping[str, Any], recipe: Mapping[str, Any], before: Report, after: Report) -> str:
-    method, threat, base = recipe["method"]["name"], _shown(recipe["threat"]), config["robustness"]["base_model"]
-    sentences = [
-        f"{name} is an image classifier: `{base}`, fine-tuned on {dataset_name(after)} by robustify with "
-        f"the method {method}, "
-        + ("which gives no robustness." if method == "standard" else f"against adversarial perturbations ({threat}).")
-    ]
+def _origin(recipe: Mapping[str, Any], before: Report, after: Report) -> Origin:
+    """What the weights are; unchanged where the reports say that they are of the same model."""
+    if before.facts.get("model") and before.facts["model"] == after.facts.get("model"):
+        return "unchanged"
+    return "finetuned" if recipe["model"].get("pretrained", True) else "trained"
+
+
+def _summary(
+    name: str, config: Mapping[str, Any], recipe: Mapping[str, Any], origin: Origin, before: Report, after: Report
+) -> str:
+    method, data, base = recipe["method"]["name"], dataset_name(after), config["robustness"]["base_model"]
+    against = f"against adversarial perturbations ({_shown(recipe['threat'])})"
+    end = f", {against}." if _adversarial(recipe) else ", which gives no robustness."
+    is_a = f"{name} is an image classifier"
+    sentences = {
+        "finetuned": [f"{is_a}: `{base}`, fine-tuned on {data} by robustify with the method {method}{end}"],
+        "trained": [f"{is_a}: `{base}`, trained from random weights on {data} by robustify with the method {method}{end}"],
+        "unchanged": [
+            f"{is_a} with the weights of `{base}` as they were: robustify trained them on {data} with the method "
+            f"{method}{f' {against}' if _adversarial(recipe) else ''}, but kept nothing of that training."
+        ],
+    }[origin]
+    old = {found.threat: found for found in before.per_threat()} if origin == "finetuned" else {}
     if after.clean:
-        was = f" (before: {percent(before.clean.accuracy)})" if before.clean else ""
+        was = f" (before: {percent(before.clean.accuracy)})" if before.clean and origin == "finetuned" else ""
         share = f"{percent(after.clean.accuracy)}{was} of {after.clean.n}"
         sentences.append(f"It classifies {share} images of the {after.split} split correctly.")
-    for threat in after.threats:
-        was = f" (before: {percent(before.headline(threat).accuracy)})" if threat in before.threats else ""
-        found = after.headline(threat)
-        sentences.append(f"Under {_shown(threat)} it still gets {percent(found.accuracy)}{was} of {found.n} right.")
+    for found in after.per_threat():
+        was = f" (before: {percent(old[found.threat].accuracy)})" if found.threat in old else ""
+        right = f"{percent(found.accuracy)}{was} of {found.n} right"
+        sentences.append(f"Under {_shown(found.threat)} it still gets {right}, {_attacked(found)}.")
     return " ".join(sentences)
 
 
-def _table(
-    before: Report, after: Report, headlines: Sequence[Headline], names: tuple[str, str] = ("Before", "After")
-) -> str:
-    """Before and after: one line per row, and one per threat that several attacks share."""
+def _notes(origin: Origin, before: Report, after: Report) -> str:
+    """What the reports remark; what they remark on random weights says nothing."""
+    earlier = [note for note in before.notes if note not in after.notes] if origin != "trained" else []
+    return " ".join([*after.notes, *(f"Before hardening: {note}" for note in earlier)])
+
+
+def _table(before: Report, after: Report, names: tuple[str, str] = ("Before", "After")) -> str:
+    """Before and after: one line per row, one per threat that several attacks share, one for several norms."""
     was, changes = {row.key: row for row in before.rows}, _changes(before, after)
     lines = [["Attack", "Threat", *names, "Change, in points", "n"], ["---"] * 6]
     for row in after.rows:
         change = changes.get((row.attack, row.threat), "")
         lines.append(_line(attack_name(row), row.threat, was.get(row.key), row, change))
-    for found in headlines:
-        if len(found.attacks) > 1:
-            old = before.headline(found.threat) if found.threat in before.threats else None
-            change = changes.get(("worst case", found.threat), "")
-            lines.append(_line("**Worst case**", found.threat, old, found, change))
+    worst = {found.threat: found for found in before.per_threat()}
+    for found in after.worst_cases():
+        change = changes.get(("worst case", found.threat), "")
+        lines.append(_line("**Worst case**", found.threat, worst.get(found.threat), found, change))
     return _rows(lines)
 
 
@@ -175,10 +151,13 @@ def _changes(before: Report, after: Report) -> dict[tuple[str, str | None], str]
 
 
 def _headline(found: Headline) -> str:
-    attacks = ", ".join(found.attacks)
-    how = f"in the worst case over {attacks}" if len(found.attacks) > 1 else f"against {attacks}"
     interval = f"95 % interval {percent_interval(found.interval)}, n = {found.n}"
-    return f"- **{_shown(found.threat)}: {percent(found.accuracy)}** {how} ({interval})."
+    return f"- **{_shown(found.threat)}: {percent(found.accuracy)}** {_attacked(found)} ({interval})."
+
+
+def _attacked(found: Headline) -> str:
+    attacks = ", ".join(found.attacks)
+    return f"in the worst case over {attacks}" if len(found.attacks) > 1 else f"against {attacks}"
 
 
 def _attacks(after: Report) -> str:
@@ -212,8 +191,17 @@ def _half(reports: tuple[Report, Report] | None) -> str:
     if reports is None:
         return ""
     text = "The weights in this folder were rounded to half precision after the measurements above. What that changed"
-    table = _table(*reports, headlines=(), names=("Single precision", "Rounded"))
+    table = _table(*reports, names=("Single precision", "Rounded"))
     return f"## Half precision\n\n{text} (reports `{reports[0].digest()}`, `{reports[1].digest()}`):\n\n{table}"
+
+
+def _adversarial(recipe: Mapping[str, Any]) -> bool:
+    return METHODS[str(recipe["method"]["name"])].adversarial
+
+
+def _method(recipe: Mapping[str, Any]) -> str:
+    how = f"trained against {_shown(recipe['threat'])}" if _adversarial(recipe) else "trained without an adversary"
+    return f"Method {recipe['method']['name']}, {how}."
 
 
 def _usage(name: str, path: str, hub: str | None, config: Mapping[str, Any]) -> str:
@@ -265,17 +253,21 @@ def _hours(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 600 else f"{seconds / 3600:.2f} hours"
 
 
-def _license(config: Mapping[str, Any]) -> str:
-    origin, license = config["robustness"]["base_model"], config["pretrained_cfg"].get("license")
-    link = (published_row(origin) or {}).get("link")
-    base = f"The base model is `{origin}`" + (f" ({link})" if link else "")
+def _license(config: Mapping[str, Any], origin: Origin) -> str:
+    base_id, license = config["robustness"]["base_model"], config["pretrained_cfg"].get("license")
+    if origin == "trained":
+        stated = f"Its license is {license}." if license else "No license is stated: ask its maker before you share it."
+        return f"There is no base model: `{base_id}` names the architecture. {stated}"
+    link = (published_row(base_id) or {}).get("link")
+    base = f"The base model is `{base_id}`" + (f" ({link})" if link else "")
     if license:
         return f"{base}. Its license, {license}, holds for this model too. Please cite the base model."
     return f"{base}. Its license is unknown: ask its authors before you share this model, and cite them."
 
 
-def _shown(threat: str | ThreatModel | None) -> str:
-    return str(ThreatModel.parse(threat)) if threat else ""
+def _shown(threat: str | None) -> str:
+    """The threat for people; of several norms all."""
+    return " and ".join(str(ThreatModel.parse(spec)) for spec in threat.split(" and ")) if threat else ""
 
 
 def without_home(text: str) -> str:

@@ -211,11 +211,11 @@ class Watch:
 
 
 def headlines(report: Report) -> str:
-    """Return the report's few numbers in one line: clean, and the worst case of each threat and of several norms."""
+    """Return the report's few numbers in one line: clean, and of each threat and of several norms the worst case over the
+    attacks named."""
     clean = [f"clean {percent(report.clean.accuracy)}"] if report.clean else []
-    found = [report.headline(threat) for threat in report.threats]
-    found += [union] if (union := report.union()) else []
-    robust = [f"{h.threat.replace(':', ' ')} {percent(h.accuracy)}" for h in found]
+    found = report.per_threat()
+    robust = [f"{h.threat.replace(':', ' ')} {percent(h.accuracy)} ({', '.join(h.attacks)})" for h in found]
     return ", ".join(clean + robust)
 
 

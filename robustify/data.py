@@ -142,8 +142,8 @@ def _cifar(name: str, root: Path, input_size: InputSize | None) -> Source:
 def _folder(_: str, path: Path, input_size: InputSize | None) -> Source:
     splits, classes, grey = read_folder(path, input_size)
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # the folder's name only: where it lies is nobody's business on a model card
-    return Source(f"folder:{path.resolve().name}", dict(splits), GREY if grey else COLOUR, classes, threads=threads)
+    name = Path(os.path.abspath(path)).name  # as it was given; where it lies is nobody's business on a model card
+    return Source(f"folder:{name}", dict(splits), GREY if grey else COLOUR, classes, threads=threads)
 
 
 def _npz(_: str, path: Path, input_size: InputSize | None) -> Source:

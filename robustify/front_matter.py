@@ -4,12 +4,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from robustify.methods import METHODS
 from robustify.report import Headline, Report, Row, plain
 
+# what the weights are: a base model's trained further, trained from random ones, or a base model's as they were
+Origin = Literal["finetuned", "trained", "unchanged"]
 HUB_DATASETS = {
     "cifar10": "uoft-cs/cifar10",
     "cifar100": "uoft-cs/cifar100",
@@ -26,27 +29,37 @@ WRITTEN = {  # every key that `front_matter` may write
     *("license", "license_name", "base_model", "base_model_relation", "library_name", "pipeline_tag", "datasets"),
     *("metrics", "tags", "model-index"),
 }
+TAGS = {"image-classification", "adversarial-robustness", "robustify", *METHODS}  # that it may write
 HUB_ID = re.compile(r"^\w[\w.-]*/[\w.-]+$")  # OWNER/NAME; the names of other sources have a colon, no slash, or several
 
 
-def front_matter(name: str, config: Mapping[str, Any], method: str, after: Report, listed: Report) -> str:
+def front_matter(
+    name: str, config: Mapping[str, Any], method: str, origin: Origin, after: Report, listed: Report
+) -> str:
     """Return the YAML between the card's two lines of dashes.
 
     config: config.json. after: of the hardening. listed: what model-index lists, of the weights as they are published.
+    Without a relation the hub takes a base model for one that was fine-tuned, so only such a one is named.
     """
     data = typed_name(after)
     facts: dict[str, Any] = {}
     if config["pretrained_cfg"].get("license"):
         known = config["pretrained_cfg"]["license"].lower()
         facts = {"license": known} if known in HUB_LICENSES else {"license": "other", "license_name": known}
-    if HUB_ID.match(config["robustness"]["base_model"]):
+    if origin == "finetuned" and HUB_ID.match(config["robustness"]["base_model"]):
         facts |= {"base_model": config["robustness"]["base_model"], "base_model_relation": "finetune"}
+    hardened = origin != "unchanged" and METHODS[method].adversarial
     card = ModelCardData(
         library_name="pytorch" if config["architecture"] == "custom" else "timm",
         pipeline_tag="image-classification",
         datasets=[HUB_DATASETS[data]] if data in HUB_DATASETS else None,
         metrics=["accuracy"],
-        tags=["image-classification", "adversarial-robustness", "robustify", method],
+        tags=[
+            "image-classification",
+            *(["adversarial-robustness"] if hardened else []),
+            "robustify",
+            *([method] if origin != "unchanged" else []),
+        ],
         model_name=name,
         eval_results=_results(listed),
         **facts,
@@ -110,13 +123,14 @@ def _results(after: Report) -> list[EvalResult]:
         )
 
     rows = [result(attack_name(r), r, {"attack": r.attack, "threat": r.threat, **r.settings}) for r in after.rows]
-    worst = [h for h in map(after.headline, after.threats) if len(h.attacks) > 1]
-    return rows + [result("Worst-case", h, {"attacks": h.attacks, "threat": h.threat}) for h in worst]
+    worst = [result("Worst-case", h, {"attacks": h.attacks, "threat": h.threat}) for h in after.worst_cases()]
+    return rows + worst
 
 
 def _radius(threat: str | None) -> str:
-    """` (Linf, eps=8/255)`, as leaderboards write it."""
+    """` (Linf, eps=8/255)`, as leaderboards write it; of several norms all."""
     if threat is None:
         return ""
-    norm, _, radius = threat.rpartition(":")
-    return f" ({norm}, {'delta' if norm.startswith('W') else 'eps'}={radius})"
+    parts = [spec.rpartition(":") for spec in threat.split(" and ")]
+    named = [f"{norm}, {'delta' if norm.startswith('W') else 'eps'}={radius}" for norm, _, radius in parts]
+    return f" ({' and '.join(named)})"

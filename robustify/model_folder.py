@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from robustify import files
-from robustify.card import render, update
+from robustify.card import render
+from robustify.card_update import update
 from robustify.errors import UserError
 from robustify.front_matter import eval_results
 from robustify.report import Report, load_pair

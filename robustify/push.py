@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import yaml
 
 from robustify import model_folder
-from robustify.card import has_own_text, update, without_home
+from robustify.card import without_home
+from robustify.card_update import has_own_text, update
 from robustify.errors import UserError
 from robustify.front_matter import HUB_ID
 

@@ -22,6 +22,11 @@ from robustify.threat import ThreatModel
 
 Origins = dict[str, str]
 DEFAULT_RADIUS = "Linf:8/255"
+LOCAL = {  # what no result depends on: where things lie here, what is checked, how fast, what is logged
+    "model": ("models_dir", "allow_pickle", "verify", "license"),
+    "data": ("root", "workers"),
+    "train": ("tracker", "checkpoint_steps"),
+}
 
 
 class ModelSettings(Settings):
@@ -270,13 +275,26 @@ class Recipe(Settings):
 
     @property
     def digest(self) -> str:
-        """Twelve hexadecimal digits that change with any setting that the result depends on."""
-        values = self.to_dict()
-        nothing = {"model": ("verify", "license"), "train": ("tracker", "checkpoint_steps"), "data": ("workers",)}
-        for section, keys in nothing.items():
-            for key in keys:
-                del values[section][key]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+        """Twelve hexadecimal digits that change with any setting that the result depends on.
+
+        Settings at their defaults are left out, so a recipe keeps its digest when robustify learns another setting.
+        """
+        portable = {}
+        for section, keys in LOCAL.items():
+            part = getattr(self, section)
+            portable[section] = part.model_copy(update={key: type(part).model_fields[key].default for key in keys})
+        said = _said(self.model_copy(update=portable))
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _said(settings: Settings) -> dict[str, Any]:
+    """The settings that are not their defaults, as JSON values. A `name` stays: it says whose settings the others are."""
+    fields, written = type(settings).model_fields, settings.model_dump(mode="json")
+    return {
+        key: _said(value) if isinstance(value, Settings) else written[key]
+        for key, value in settings
+        if key == "name" or value != fields[key].default
+    }
 
 
 def build(values: Mapping[str, Any]) -> Recipe:

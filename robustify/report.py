@@ -193,6 +193,15 @@ class Report:
         n = min(map(len, held))
         return np.logical_and.reduce([verdicts[:n] for verdicts in held])
 
+    def per_threat(self) -> list[Headline]:
+        """Return the headline of each threat, then that of all norms together where they are several."""
+        union = self.union()
+        return [*map(self.headline, self.threats), *([union] if union else [])]
+
+    def worst_cases(self) -> list[Headline]:
+        """Return those headlines that no single row says: over several attacks, or over several norms."""
+        return [found for found in self.per_threat() if len(found.attacks) > 1 or found.threat not in self.threats]
+
     def to_json(self) -> dict[str, Any]:
         """Return everything but what is per example as JSON values; derived figures are included for others."""
         rows = [_with_figures(row) for row in self.rows]
@@ -242,9 +251,7 @@ class Report:
     def table(self) -> list[dict[str, str]]:
         """Return the lines to show as text: attack, threat, accuracy, interval, n, seconds; worst cases come last."""
         lines = [_line(row.attack, row.threat, row, f"{row.seconds:.1f}") for row in self.rows]
-        several = [h for h in map(self.headline, self.threats) if len(h.attacks) > 1]
-        several += [union] if (union := self.union()) else []
-        return lines + [_line("worst case", h.threat, h, "") for h in several]
+        return lines + [_line("worst case", h.threat, h, "") for h in self.worst_cases()]
 
     def save(self, path: str | Path) -> None:
         """Write the JSON to `path` and what is per example beside it (.npz). Raises UserError when the disk is full."""

@@ -13,6 +13,7 @@ import yaml
 from robustify import checkpoints, files
 from robustify.environment import environment
 from robustify.errors import UserError
+from robustify.model_folder import CONFIG, OURS
 from robustify.recipe import Recipe, build
 
 _STATE = ("before.json", "before.npz", "best.safetensors")  # beside checkpoints/
@@ -36,10 +37,10 @@ def open_run(folder: Path, recipe: Recipe, resume: str, force: bool) -> Path | N
 
 
 def _unfinished(folder: Path) -> bool:
-    """Whether a run began here and has not ended: the card is written last, and then the training state goes."""
+    """Whether a run began here and has not ended: the model is written last, and then the training state goes."""
     left = any((folder / name).exists() for name in _STATE)
     ours = all((folder / name).exists() for name in ("recipe.yaml", "environment.json"))  # not a recipe someone put there
-    return ours and (left or not (folder / "model" / "README.md").exists())
+    return ours and (left or not (folder / "model" / CONFIG).exists())
 
 
 def clear_state(folder: Path) -> None:
@@ -79,9 +80,9 @@ def begin_run(folder: Path, recipe: Recipe, command: str, anew: bool) -> None:
     if anew:
         clear_state(folder)
         if (folder / "recipe.yaml").exists():  # an older run that --force replaces must not pass for this one's
-            shutil.rmtree(folder / "model", ignore_errors=True)
-            for name in ("report.json", "report.npz", "metrics.jsonl"):
-                (folder / name).unlink(missing_ok=True)
+            ours = [folder / "model" / name for name in OURS]  # and what a person put there, into the card too, stays
+            for path in (*ours, *(folder / name for name in ("report.json", "report.npz", "metrics.jsonl"))):
+                path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_text(folder / "recipe.yaml", (f"# {command}\n" if command else "") + recipe.to_yaml())
     files.write_json(folder / "environment.json", environment("cuda" if torch.cuda.is_available() else "cpu"))

@@ -82,6 +82,7 @@ LAYERS = [
         "equivalents",
         "formats",
         "front_matter",
+        "card_update",
         "leaderboard",
         "model_folder",
         "push",

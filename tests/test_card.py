@@ -14,7 +14,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from robustify import api, card, citations
-from robustify.card import BEGIN, END, render, update
+from robustify.card import render
+from robustify.card_update import BEGIN, END, update
 from robustify.citations import METHOD_PAPERS, entries_by_key
 from robustify.errors import UserError
 from robustify.export import export
@@ -372,6 +373,69 @@ def test_the_code_on_the_card_runs(tmp_path, monkeypatch, folder):
         pixels = names["model"] if block is ours else PixelModel(names["model"], (0.5,) * 3, (0.25,) * 3)
         with torch.no_grad():
             assert torch.equal(pixels(x), base.model(x))
+
+
+def test_a_network_trained_from_random_weights_was_not_fine_tuned():
+    recipe = {**RECIPE, "model": {"source": "resnet10t", "pretrained": False}, "threat": LINF, "method": {"name": "standard"}}
+    text = made(recipe=recipe, before=report(10, 0.2, notes=["No better than chance."]))
+    known = head(text)
+    assert not {"base_model", "base_model_relation"} & known.keys()
+    assert known["tags"] == ["image-classification", "robustify", "standard"]
+    assert "`timm/resnet10t.c3_in1k`, trained from random weights on cifar10 by robustify" in text
+    assert "trained without an adversary" in text
+    assert "There is no base model" in text
+    for wrong in ("fine-tuned", "(before:", "No better than chance", "cite the base model", "trained against"):
+        assert wrong not in text, wrong
+
+
+def test_a_run_that_kept_its_start_hardened_nothing():
+    notes = ["no epoch of the training beat the start on the held-out images: these are the start's weights"]
+    same = {"facts": {"model": "0123456789abcdef"}}
+    text = made(before=report(20, 0.7, **same), after=report(20, 0.7, notes=notes, **same))
+    known = head(text)
+    assert not {"base_model", "base_model_relation"} & known.keys()
+    assert known["tags"] == ["image-classification", "robustify"]
+    assert "with the weights of `timm/resnet10t.c3_in1k` as they were" in text
+    assert "kept nothing of that training" in text
+    assert notes[0] in text
+    assert "fine-tuned" not in text
+    other = made(before=report(10, 0.9, **same), after=report(20, 0.7, facts={"model": "fedcba9876543210"}))
+    assert "fine-tuned" in other
+    assert "adversarial-robustness" not in head(update(other, text))["tags"]  # nor inherited from the card before it
+
+
+def of_two_norms(seed: int) -> Report:
+    held = np.random.default_rng(seed).random((3, 50)) < 0.6
+    verdicts = {key: held[i] for i, key in enumerate(("clean", f"pgd {LINF}", "pgd L2:0.5"))}
+    rows = [
+        Row(key.split()[0], None if key == "clean" else key.split()[1], 50, int(v.sum()),
+            kind="clean" if key == "clean" else "pointwise")
+        for key, v in verdicts.items()
+    ]  # fmt: skip
+    return Report("m", "cifar10 (0123456789ab)", "test", rows, verdicts)
+
+
+def test_the_worst_case_over_several_norms():
+    before, after = of_two_norms(1), of_two_norms(2)
+    text = made(before=before, after=after, recipe={**RECIPE, "threat": LINF, "method": {"name": "multi-norm"}})
+    was, now = before.union(), after.union()
+    assert was is not None
+    assert now is not None
+    line = f"| **Worst case** | Linf 8/255 and L2 0.5 | {percent(was.accuracy)} {percent_interval(was.interval)} |"
+    assert f"{line} {percent(now.accuracy)} {percent_interval(now.interval)} |" in text
+    assert _points(before.held_by_all(), after.held_by_all()) in text
+    assert f"- **Linf 8/255 and L2 0.5: {percent(now.accuracy)}** against pgd" in text
+    found = ModelCard(text, ignore_metadata_errors=False).data.eval_results[-1]
+    assert found.metric_name == "Worst-case accuracy (Linf, eps=8/255 and L2, eps=0.5)"
+    assert found.metric_value == round(now.accuracy, 4)
+    assert found.metric_args == {"attacks": ["pgd"], "threat": "Linf:8/255 and L2:0.5", "n": 50}
+
+
+def test_a_figure_names_its_attacks():
+    rows = [row for row in AFTER.rows if row.attack in ("clean", "w-pgd")]
+    text = made(after=dataclasses.replace(AFTER, rows=rows, verdicts={}))
+    assert re.search(r"Under W2-Linf 8/255 it still gets [\d.]+ % .* right, against w-pgd\.", text)
+    assert re.search(r"Under Linf 8/255 .* right, in the worst case over pgd, apgd-ce\.", made())
 
 
 def test_code_for_other_architectures():

@@ -9,6 +9,7 @@ import pytest
 
 from robustify import console
 from robustify.events import Collapsed, EpochEnd, Note, Planned, Progress, StepEnd
+from robustify.report import Report, Row
 
 ROWS = [{"name": "one [x]", "value": "1"}, {"name": "two", "value": "22"}]
 
@@ -115,3 +116,9 @@ def test_over_counts_what_passes(capsys):
 
 def test_durations_read_well():
     assert [console.duration(s) for s in (5, 600, 9000)] == ["5 s", "10 min", "2.5 h"]
+
+
+def test_a_headline_names_its_attacks():
+    """A figure of one gradient step must not pass for one of a strong attack."""
+    rows = [Row("clean", None, 10, 9, kind="clean"), Row("fgsm", "Linf:8/255", 10, 4)]
+    assert console.headlines(Report("m", "d", "test", rows)) == "clean 90.00 %, Linf 8/255 40.00 % (fgsm)"

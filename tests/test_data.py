@@ -368,6 +368,8 @@ def test_folder_of_classes(tmp_path: Path) -> None:
     calls = []
     data = load(f"folder:{tmp_path / 'pets'}", progress=lambda done, total: calls.append((done, total)))
     assert (data.name, data.class_names, data.num_classes, data.input_size) == ("folder:pets", ["cat", "dog"], 2, (3, 8, 8))
+    (tmp_path / "linked").symlink_to(tmp_path / "pets")
+    assert load(f"folder:{tmp_path / 'linked'}").name == "folder:linked"  # as a recipe names it
     assert (len(data.test), len(data.val), len(data.train)) == (10, 4, 36)
     assert isinstance(data.train, Resident)
     assert data.train.images.dtype == torch.uint8

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import yaml
+from safetensors import safe_open
 
 from robustify import shelf
 from robustify.errors import UserError
-from robustify.recipe import build
+from robustify.recipe import Recipe, TrainSettings, build
 from robustify.resolve import resolve
+from robustify.schedules import Accelat
+from robustify.sources import embedded
 
 
 def test_flags_win_over_the_recipe_and_origins_are_told(tmp_path):
@@ -43,6 +48,40 @@ def test_a_recipe_survives_yaml_and_its_digest_sees_every_change():
     assert again == recipe
     assert again.digest == recipe.digest
     assert resolve(None, {"model.source": "a"}, ["train.seed=1"]).recipe.digest != recipe.digest
+
+
+def test_the_digest_is_of_what_the_result_depends_on():
+    flags = {"model.source": "a", "data.name": "digits", "method.name": "wasserstein"}
+    recipe = resolve(None, flags).recipe
+    here = ["model.models_dir=/m", "model.allow_pickle=true", "model.verify=false", "model.license=mit", "data.root=/d"]
+    here += ["data.workers=2", "train.tracker=wandb", "train.checkpoint_steps=5"]
+    assert resolve(None, flags, here).recipe.digest == recipe.digest
+    others = ["model.pretrained=false", "data.limit=99", "method.beta=5", "train.lr=0.02", "eval.n=99", "threat=W2-L2:0.5"]
+    others += [f"method.adversary={name}" for name in ("dual", "knapsack", "random-radius")]
+    assert len({recipe.digest, *(resolve(None, flags, [one]).recipe.digest for one in others)}) == 1 + len(others)
+
+
+def test_a_new_setting_at_its_default_changes_no_digest():
+    class Later(TrainSettings):
+        another: int = 3
+        nested: Accelat = Accelat()
+
+    class LaterRecipe(Recipe):
+        train: Later = Later()  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    values = {"model": "a", "train": {"epochs": 3, "accelat": {"window": 7}}}
+    assert LaterRecipe.model_validate(values).digest == build(values).digest
+    other = {**values, "train": {**values["train"], "another": 4}}
+    assert LaterRecipe.model_validate(other).digest != build(values).digest
+
+
+@pytest.mark.parametrize("folder", embedded().values(), ids=lambda folder: folder.name)
+def test_the_models_that_come_along_carry_the_digest_of_their_recipe(folder):
+    digest = resolve(str(folder / "recipe.yaml")).recipe.digest
+    assert json.loads((folder / "config.json").read_text())["robustness"]["recipe"] == digest
+    assert f"The full recipe (`{digest}`)" in (folder / "README.md").read_text()
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        assert weights.metadata()["recipe"] == digest
 
 
 @pytest.mark.parametrize(

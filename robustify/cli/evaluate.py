@@ -165,15 +165,27 @@ def load(
         data, own = recipe.data.name, recipe.data
         how = {"seed": recipe.train.seed, "val_fraction": own.val_fraction, "limit": own.limit}
         how["root"] = Path(own.root) if own.root else None
-    data = data or checkpoint.dataset
-    if data in (None, "imagenet"):
-        raise UserError(f"which data should {source} be measured on?", "name it: --data cifar10, or --data folder:PATH")
+    if data is None:
+        data = _own_data(source, checkpoint)
     return checkpoint, datasets.load(
         data,
         input_size=checkpoint.input_size,
         **how,
         progress=lambda done, total: watch(Progress("reading the data", done, total)),
     )
+
+
+def _own_data(source: str, checkpoint: Checkpoint) -> str:
+    """Return the data that the model was made for. Raises UserError when it is not known, or not known where it lies."""
+    kind, colon, name = (checkpoint.dataset or "imagenet").partition(":")
+    if kind == "imagenet":
+        hint = f"name it: --data folder:PATH, a folder of pictures in {checkpoint.num_classes} classes, or --data cifar10"
+        raise UserError(f"which data should {source} be measured on?", hint)
+    place = Path(name if kind == "folder" else f"{name}.npz")
+    if colon and not place.exists():
+        hint = f"say where it lies: --data {kind}:PATH/{place}, or name other data of its {checkpoint.num_classes} classes"
+        raise UserError(f"{source} was made on {kind}:{place}, and that is not in this folder", hint)
+    return f"{kind}:{place}" if colon else kind
 
 
 def recipe_of(source: str) -> Recipe | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,21 @@ def test_a_finished_run_is_not_overwritten(robustify, finished, tiny):
     assert ran.code == 2
     assert "is not empty" in ran.err
     assert "--force" in ran.err
+
+
+def test_what_a_person_wrote_outlives_a_run_made_anew(robustify, finished, tiny, tmp_path):
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path / "run")
+    card = tmp_path / "run" / "model" / "README.md"
+    card.write_text(card.read_text() + "\nSeen in the wild.\n")
+    (tmp_path / "run" / "model" / "LICENSE").write_text("mine")
+    again = [part.replace("Linf:0.1", "Linf:0.25") for part in tiny]
+    ran = robustify("finetune", *again, "-o", "run", "--force")
+    assert ran.code == 0, ran.err
+    assert card.read_text().endswith("\nSeen in the wild.\n")
+    assert "Linf 0.25" in card.read_text()
+    assert "Linf 0.1" not in card.read_text()
+    assert (tmp_path / "run" / "model" / "LICENSE").read_text() == "mine"
 
 
 def test_dry_run_prints_each_value_with_its_origin_and_writes_nothing(robustify, tmp_path):

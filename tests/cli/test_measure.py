@@ -47,6 +47,16 @@ def test_a_run_is_known_also_with_words_behind_its_name(robustify, finished):
     assert [row["threat"] for row in json.loads(ran.out)["rows"]] == [None, "Linf:0.1"]
 
 
+def test_data_that_lies_elsewhere_is_asked_for(robustify):
+    """The CIFAR-10 network's data is a folder of its maker's."""
+    ran = robustify("evaluate", "cifar10-resnet2b2")
+    assert (ran.code, ran.out) == (2, "")
+    assert "cifar10-resnet2b2 was made on folder:cifar10_jpeg, and that is not in this folder" in ran.err
+    assert "--data folder:PATH/cifar10_jpeg, or name other data of its 10 classes" in ran.err
+    ran = robustify("evaluate", "timm:resnet18:pretrained=false")
+    assert ran.code == 2
+
+
 def test_evaluate_speaks_json(robustify, finished):
     folder, _ = finished
     ran = robustify(

@@ -1,0 +1,55 @@
+"""A card made anew: its generated section and front matter are replaced, everything that a person wrote stays."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from robustify.errors import UserError
+from robustify.front_matter import TAGS, WRITTEN
+
+BEGIN, END = "<!-- robustify:begin -->", "<!-- robustify:end -->"
+YOURS = "<!-- Text outside the two robustify markers is yours: it stays when this card is made anew. -->"
+
+
+def update(existing: str, new: str) -> str:
+    """Return `existing` with its generated section and front matter as in `new`; everything that a person wrote stays.
+
+    Of the front matter that is the keys that robustify never writes, and tags of their own: what an older model's
+    card says of its license, base and data is not true of another. A text without markers gets the new section at its
+    end. Raises UserError when one of the two markers is missing or they are out of order.
+    """
+    old_head, old_body = _split(existing)
+    new_head, new_body = _split(new)
+    head = {**{key: value for key, value in old_head.items() if key not in WRITTEN}, **new_head}
+    if isinstance(old_head.get("tags"), list):
+        head["tags"] = list(dict.fromkeys([*new_head["tags"], *(tag for tag in old_head["tags"] if tag not in TAGS)]))
+    section = new_body[new_body.index(BEGIN) : new_body.index(END) + len(END)]
+    marks = old_body.count(BEGIN), old_body.count(END)
+    if marks == (0, 0):
+        body = f"{old_body.rstrip()}\n\n{section}\n"
+    elif marks == (1, 1) and old_body.index(BEGIN) < old_body.index(END):
+        body = old_body[: old_body.index(BEGIN)] + section + old_body[old_body.index(END) + len(END) :]
+    else:
+        raise UserError("the card's two robustify markers must be there once each, in order", f"{BEGIN} ... {END}")
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n{body}"
+
+
+def has_own_text(text: str) -> bool:
+    """Return whether a person wrote something into the card, outside the generated section."""
+    _, body = _split(text)
+    return bool(re.sub(f"{BEGIN}.*{END}", "", body, flags=re.DOTALL).replace(YOURS, "").strip())
+
+
+def _split(text: str) -> tuple[dict[str, Any], str]:
+    """The front matter, and the text that follows its closing line."""
+    found = re.match(r"---\s*\n(.*?)^---\s*\n", text, re.DOTALL | re.MULTILINE)
+    if not found:
+        return {}, "\n" + text
+    try:
+        head = yaml.safe_load(found[1]) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"the card's front matter is not valid YAML: {error}", "mend it, or move the card") from None
+    return head, "\n" + text[found.end() :].lstrip("\n")
