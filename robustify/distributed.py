@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -49,6 +50,7 @@ def make_accelerator(precision: str = "no", tracker: str | None = None, log_dir:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     # accelerate keeps the first precision of a process for good; a second run in the same one may want another
     AcceleratorState._reset_state()
+    interface = choose_interface()
     try:
         accelerator = Accelerator(
             mixed_precision=precision,
@@ -58,16 +60,42 @@ def make_accelerator(precision: str = "no", tracker: str | None = None, log_dir:
             project_dir=log_dir,
             step_scheduler_with_optimizer=False,
         )
-    except torch.distributed.DistError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "Gloo" not in str(error):
+            raise
         raise UserError(
             f"the processes did not find each other within {time_limit()} seconds: {str(error).splitlines()[0]}",
-            "all must be started with the same address and number; ROBUSTIFY_TIMEOUT is the number of seconds to wait",
+            "all must be started with the same address and number; ROBUSTIFY_TIMEOUT is the number of seconds to wait"
+            + (f", GLOO_SOCKET_IFNAME the network interface ({interface} was taken)" if interface else ""),
         ) from None
     except (ValueError, ImportError) as error:
         raise UserError(f"cannot start with precision {precision}, tracker {tracker}: {error}") from None
     if tracker and not accelerator.log_with:
         raise UserError(f"the tracker {tracker} is not installed", f"pip install {tracker}, or leave --tracker out")
     return accelerator
+
+
+def choose_interface() -> str | None:
+    """Return the network interface by which gloo is to reach the other machines, None where there are none.
+
+    It is the one on the way to the first machine, unless GLOO_SOCKET_IFNAME names another. Left alone, gloo gives the others
+    the address that this host's own name stands for, which /etc/hosts often says is 127.0.0.1.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) <= int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        return None
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        first = os.environ.get("MASTER_ADDR", "localhost")
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(first, 9, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, kind) as probe:  # to connect a datagram socket sends nothing
+                probe.connect(address)
+                own = probe.getsockname()[0]
+        except OSError as error:
+            raise UserError(f"this machine knows no way to {first}, the first machine: {error}") from None
+        for name, addresses in psutil.net_if_addrs().items():
+            if any(known.address.split("%")[0] == own for known in addresses):
+                os.environ["GLOO_SOCKET_IFNAME"] = name
+    return os.environ.get("GLOO_SOCKET_IFNAME")
 
 
 class World:
@@ -78,6 +106,7 @@ class World:
         self.size = accelerator.num_processes if accelerator else 1
         self.rank = accelerator.process_index if accelerator else 0
         self.is_main = self.rank == 0
+        self.speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # the first process on each machine
         self.device = accelerator.device if accelerator else torch.device("cpu")
         self.worked = self.waited = 0.0
 
@@ -103,7 +132,10 @@ class World:
         return total
 
     def on_main(self, do: Callable[[], Any]) -> Any:
-        """Let the main process do something and return its result on every process; a UserError is raised on all of them."""
+        """Let the main process do something and return its result on every process.
+
+        A UserError is raised on all of them, and told once on every machine.
+        """
         if self.size == 1:
             return do()
         outcome: tuple[Any, UserError | None] = (None, None)
@@ -114,7 +146,7 @@ class World:
                 outcome = (None, error)
         result, error = broadcast_object_list([outcome])[0]
         if error is not None:
-            error.told = not self.is_main  # the main process says it
+            error.told = not self.speaks
             raise error
         return result
 
@@ -195,8 +227,6 @@ def busy_cores() -> str | None:
 
     Two threads on one free core can make half-precision training twenty times slower, not twice.
     """
-    import psutil
-
     cores = os.cpu_count() or 1
     others = psutil.cpu_percent(interval=0.1) / 100 * cores
     wanted = torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
