@@ -9,14 +9,13 @@ import re
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
-from robustify.data import Data
 from robustify.distributed import World
 from robustify.environment import version_of
 from robustify.errors import UserError
@@ -82,21 +81,22 @@ def peers_watched(world: World) -> Iterator[None]:
         raise
 
 
-def same_everywhere(world: World, data: Data) -> None:
-    """Raise UserError when the processes do not see the same data, or run other versions than the main one."""
-    mine = {"data": data.digest, **{name: version_of(name) for name in ("robustify", "torch", "timm")}}
-    found = world.on_main(lambda: mine)
-    wrong = [f"{what} {mine[what]}, the main process's {found[what]}" for what in mine if mine[what] != found[what]]
-    if world.any(bool(wrong)):
-        where = f"process {world.rank} on {socket.gethostname()}"
-        error = UserError(
-            f"{where} has other {'; '.join(wrong)}"
-            if wrong
-            else "another process has other data or versions than this one",
-            "give every machine the same environment and the same files",
-        )
-        error.told = not wrong
-        raise error
+def same_everywhere(world: World, facts: Mapping[str, Any]) -> None:
+    """Raise UserError on every process when one has other facts (settings, digests) or versions than the main one."""
+    mine = {**{name: version_of(name) for name in ("robustify", "torch", "timm")}, **facts}
+    found = world.gather_on_main((socket.gethostname(), mine))
+    world.on_main(lambda: _check_same(found or []))
+
+
+def _check_same(found: list[tuple[str, dict[str, Any]]]) -> None:
+    _, main = found[0]
+    for rank, (host, facts) in enumerate(found):
+        other = [f"{what} {facts.get(what)} instead of {main[what]}" for what in main if facts.get(what) != main[what]]
+        if other:
+            raise UserError(
+                f"process {rank} on {host} differs from the main one: {'; '.join(other[:4])}",
+                "give every machine the same command, the same files and the same environment",
+            )
 
 
 def _broken(error: RuntimeError) -> bool:

@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from robustify import shelf
 from robustify.distributed import time_limit
 from robustify.errors import UserError
 from robustify.faults import PREEMPTED, PeerLost
@@ -43,7 +44,10 @@ def read_config(path: Path) -> Layout:
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the accelerate config {path}: {error}") from None
+        raise UserError(
+            f"cannot read the accelerate config {path}: {error}",
+            f"`robustify copy NAME FILE` writes one that comes with robustify: {', '.join(shelf.configs())}",
+        ) from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is no accelerate config", "accelerate config --config_file FILE writes one")
     kind = str(values.get("distributed_type", "NO"))

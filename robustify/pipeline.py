@@ -22,7 +22,7 @@ from robustify.card_figures import Gallery, draw
 from robustify.data import Data
 from robustify.distributed import World, busy_cores, main_first, make_accelerator
 from robustify.errors import UserError
-from robustify.evaluation import evaluate
+from robustify.evaluation import evaluate, model_digest
 from robustify.events import Event, Exported, Listener, Measured, Note, Planned, Progress
 from robustify.export import export
 from robustify.faults import peers_watched, same_everywhere, sigterm_noted
@@ -184,7 +184,7 @@ def _run(
     model = checkpoint.model.to(accelerator.device)
     data = data.to(accelerator.device)
     world.on_main(lambda: check_run(recipe, model, data, world.size))
-    same_everywhere(world, data)
+    same_everywhere(world, _facts(recipe, model, data))
     gate(recipe, checkpoint, data, world, tell)
     pool = read_pool(recipe, data) if recipe.data.unlabelled else None
     if pool is not None and recipe.data.unlabelled_as == "pseudo":
@@ -243,6 +243,13 @@ def _run(
         clear_state(folder)
     world.wait()
     return Result(model.net, (before, after), outcome, folder, model, recipe)
+
+
+def _facts(recipe: Recipe, model: PixelModel, data: Data) -> dict[str, Any]:
+    """What must be the same on every machine: settings, weights and images, wherever each has its files."""
+    places = ("model.source", "model.models_dir", "data.name", "data.root", "data.unlabelled", "data.workers")
+    settings = {name: value for name, value in flat(recipe.to_dict()).items() if name not in places}
+    return settings | {"weights": model_digest(model), "data": data.digest}
 
 
 def _weights(model: PixelModel) -> dict[str, Tensor]:

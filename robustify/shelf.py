@@ -1,7 +1,8 @@
-"""The recipes that come with robustify, as text. Imports no torch, so that listing them is instant."""
+"""The recipes and accelerate configs that come with robustify, as text. Imports no torch, so that listing them is instant."""
 from __future__ import annotations
 
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from robustify.errors import UserError, nearest
@@ -9,8 +10,21 @@ from robustify.errors import UserError, nearest
 
 def names() -> list[str]:
     """Names of the recipes that come with robustify."""
-    found = files("robustify.recipes").iterdir()
-    return sorted(entry.name.removesuffix(".yaml") for entry in found if entry.name.endswith(".yaml"))
+    return _in(files("robustify.recipes"))
+
+
+def configs() -> list[str]:
+    """Names of the accelerate configs that come with robustify."""
+    return _in(files("robustify.recipes") / "accelerate")
+
+
+def config_text(name: str) -> str:
+    """The YAML text of an accelerate config that comes with robustify."""
+    return (files("robustify.recipes") / "accelerate" / f"{name}.yaml").read_text(encoding="utf8")
+
+
+def _in(folder: Traversable) -> list[str]:
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def text(name: str) -> str:

@@ -1,4 +1,4 @@
-"""robustify copy: a recipe to edit."""
+"""robustify copy: a recipe, or an accelerate config, to edit."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ def run(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to; a folder keeps the recipe's name.")],
     force: options.Force = False,
 ) -> None:
-    """Copy a recipe to a file, to edit and run it.
+    """Copy a recipe to a file, to edit and run it; or an accelerate config: one-machine, several-machines, fsdp2.
 
     \b
     robustify copy quickstart mine.yaml
+    robustify copy several-machines machines.yaml
     """
-    text = shelf.text(recipe)
+    config = recipe in shelf.configs()
+    text = shelf.config_text(recipe) if config else shelf.text(recipe)
     target = file / f"{Path(recipe).stem}.yaml" if file.is_dir() else file
     if target.suffix not in (".yaml", ".yml"):
-        raise UserError(f"a recipe's file ends in .yaml, not {target.name!r}", f"take {target.with_suffix('.yaml')}")
+        raise UserError(f"such a file ends in .yaml, not {target.name!r}", f"take {target.with_suffix('.yaml')}")
     if target.exists() and not force:
         raise UserError(f"{target} exists", "--force replaces it")
     target.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(target, text)
-    console.result(f"next: robustify finetune {shlex.quote(str(target))}")
+    following = f"RECIPE --accelerate-config {shlex.quote(str(target))}" if config else shlex.quote(str(target))
+    console.result(f"next: robustify finetune {following}")

@@ -84,7 +84,7 @@ def run(
     against = [ThreatModel.parse(threat) for threat in threats or ()]
     arguments = options.typed(context)
     if processes > 1 and not launched():
-        raise typer.Exit(relaunch(Layout(processes), options.without(arguments, "--processes")))
+        raise typer.Exit(relaunch(Layout(processes), arguments))
     accelerator = make_accelerator()
     world = World(accelerator)
     partial = world.on_main(lambda: _partial(output, resume, force, keep))

@@ -51,7 +51,8 @@ def run(
     ] = None,
     processes: options.Processes = 1,
     accelerate_config: Annotated[
-        Path | None, Option(metavar="FILE", help="Machines and processes as `accelerate config` wrote them down.")
+        Path | None,
+        Option(metavar="FILE", help="Machines and processes, as `accelerate config` or `robustify copy one-machine` wrote them."),
     ] = None,
     precision: Annotated[str | None, Option(metavar="TYPE", help="no, bf16 or fp16.")] = None,
     resume: Annotated[
@@ -116,12 +117,11 @@ def run(
     if output and resume not in ("auto", "never"):
         raise UserError(f"--resume {resume} continues in that folder, -o {output} names another", "leave out -o")
     kept = arguments if resume not in ("auto", "never") else options.without(arguments, "--resume")
-    again = options.command(a for a in kept if a != "--force")
+    again = options.continues(a for a in kept if a != "--force")
     if (processes > 1 or accelerate_config) and not launched():
         layout = read_config(accelerate_config) if accelerate_config else Layout(processes)
-        inner = options.without(options.without(arguments, "--processes"), "--accelerate-config")
         with _ends_explained(again):
-            raise typer.Exit(relaunch(layout, inner))
+            raise typer.Exit(relaunch(layout, arguments))
     folder = output or Path("runs") / default_name(resolved.recipe.model.source, resolved.recipe.method.name)
     command = options.command(arguments)
     with _ends_explained(again), console.Watch() as watch:
@@ -137,10 +137,10 @@ def _ends_explained(again: str) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, Preempted) as ended:
-        console.note(f"{str(ended) or 'interrupted'}; this continues the run: {again}")
+        console.note(f"{str(ended) or 'interrupted'}; {again}")
         raise typer.Exit(PREEMPTED if isinstance(ended, Preempted) else 130) from None
     except PeerLost as lost:
-        console.mistake(lost.message, f"the last checkpoint is whole; this continues the run: {again}")
+        console.mistake(lost.message, f"the last checkpoint is whole; {again}")
         raise typer.Exit(PEER_LOST) from None
 
 

@@ -43,10 +43,22 @@ def typed(context: typer.Context) -> list[str]:
 
 
 def command(arguments: Iterable[str]) -> str:
-    """Return the command to type, for one of several processes that of all of them."""
+    """Return the command to type, for one of several processes on this machine that of all of them."""
     typed = ["robustify", *arguments]
-    several = os.environ.get("WORLD_SIZE", "1")
-    return shlex.join(typed if several == "1" else [*typed, "--processes", several])
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    told = any(argument.startswith(("--processes", "--accelerate-config")) for argument in typed)
+    return shlex.join(typed if told or here == "1" or _machines() else [*typed, "--processes", here])
+
+
+def continues(arguments: Iterable[str]) -> str:
+    """Return the sentence that says which command goes on with a run."""
+    where = ", typed on every machine" if _machines() else ""
+    return f"this continues the run{where}: {command(arguments)}"
+
+
+def _machines() -> bool:
+    """Whether this is a process of a run on several machines."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def without(arguments: Sequence[str], option: str) -> list[str]:

@@ -168,12 +168,33 @@ def test_several_processes_get_the_same_arguments(robustify, monkeypatch, tiny):
     monkeypatch.setattr(launch, "relaunch", lambda layout, arguments: asked.append((layout.processes, arguments)) or 7)
     assert robustify("finetune", *tiny, "--processes", "2").code == 7
     assert robustify("evaluate", "digits", "--processes=2", "--n", "10").code == 7
-    assert asked == [(2, ["finetune", *tiny]), (2, ["evaluate", "digits", "--n", "10"])]
+    assert asked == [
+        (2, ["finetune", *tiny, "--processes", "2"]),
+        (2, ["evaluate", "digits", "--processes=2", "--n", "10"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("here", "typed", "said"),
+    [
+        ("2", [], "eval.n=64 --processes 2"),  # under torchrun, say
+        ("2", ["--processes", "2"], "eval.n=64 --processes 2"),
+        ("1", [], "eval.n=64"),  # on each of two machines
+        ("1", ["--accelerate-config", "two.yaml"], "eval.n=64 --accelerate-config two.yaml"),
+    ],
+)
+def test_one_of_several_processes_knows_the_command_of_all(robustify, monkeypatch, tiny, here, typed, said):
+    def interrupt(*_, command, **__):
+        assert command.endswith(said)
+        raise KeyboardInterrupt
+
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(pipeline, "finetune", lambda *_, command, **__: asked.append(command) or pytest.skip("reached"))
-    with pytest.raises(pytest.skip.Exception):
-        robustify("finetune", *tiny)
-    assert asked[-1].endswith("eval.n=64 --processes 2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    monkeypatch.setattr(pipeline, "finetune", interrupt)
+    ran = robustify("finetune", *tiny, *typed)
+    where = ", typed on every machine" if here == "1" else ""
+    assert ran.err.startswith(f"interrupted; this continues the run{where}: robustify finetune ")
+    assert ran.err.endswith(f"{said}\n")
 
 
 @pytest.mark.parametrize(

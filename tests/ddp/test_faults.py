@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
+from launched import ROBUSTIFY, finish, start, steps
 
 RUN = [
     *("finetune", "quickstart", "--epochs", "3", "--set", "data.limit=300", "--set", "method.steps=2"),
@@ -19,23 +16,7 @@ RUN = [
     *("--set", "train.probe_images=16", "--no-verify", "-o", "run"),
 ]
 STEPS = 12  # 270 images, batch 64, 3 epochs
-ROBUSTIFY = [sys.executable, "-m", "robustify"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-
-
-def start(command, folder):
-    # without it, the processes of a second start may read the first one's addresses
-    fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **fresh}
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def steps(folder: Path) -> list[int]:
-    path = folder / "run" / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-    return [line["step"] for line in lines if "lr" in line]
 
 
 def trained_for(process, folder, count):
@@ -52,11 +33,6 @@ def kill_a_worker(process):
         child for child in psutil.Process(process.pid).children(recursive=True) if "robustify" in child.cmdline()
     ]
     workers[-1].send_signal(signal.SIGKILL)
-
-
-def finish(process):
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
 
 
 @pytest.fixture(scope="module")
