@@ -32,8 +32,9 @@ def is_main() -> bool:
 
 
 def quiet_libraries() -> None:
-    """Silence what other libraries say to their developers, unless Python was told otherwise."""
+    """Silence what other libraries say to their developers, unless Python was told otherwise. Comes before torch loads."""
     if not sys.warnoptions:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # it prints its own stack beside the exception that we explain
         for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
             warnings.simplefilter("ignore", category)
 

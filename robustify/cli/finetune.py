@@ -52,7 +52,7 @@ def run(
     processes: options.Processes = 1,
     accelerate_config: Annotated[
         Path | None,
-        Option(metavar="FILE", help="Machines and processes, as `accelerate config` or `robustify copy one-machine` wrote them."),
+        Option(metavar="FILE", help="Machines and processes, as `accelerate config` or `robustify copy one-machine` wrote."),
     ] = None,
     precision: Annotated[str | None, Option(metavar="TYPE", help="no, bf16 or fp16.")] = None,
     resume: Annotated[
