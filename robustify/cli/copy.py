@@ -18,7 +18,7 @@ def run(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to; a folder keeps the recipe's name.")],
     force: options.Force = False,
 ) -> None:
-    """Copy a recipe to a file, to edit and run it; or an accelerate config: one-machine, several-machines, fsdp2.
+    """Copy a recipe to a file to edit, or an accelerate config.
 
     \b
     robustify copy quickstart mine.yaml
