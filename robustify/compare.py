@@ -129,7 +129,7 @@ def _pair(before: Report, after: Report) -> Comparison:
     if not shared:
         raise UserError(
             "the reports share no attack",
-            f"{', '.join(row.key for row in before.rows)} against {', '.join(theirs)}: evaluate both with one --attack",
+            f"{', '.join(row.key for row in before.rows)} against {', '.join(theirs)}: evaluate both with one attack",
         )
     found = [_difference(before, after, a, b) for a, b in shared]
     keys = {row.key for row, _ in shared}  # a worst case over other attacks on either side would be no comparison
@@ -168,7 +168,7 @@ def _size(report: Report) -> int:
 
 def _same(what: str, one: Any, other: Any) -> None:
     if one != other:
-        hint = "evaluate both models with the same --data, --split, --n and --seed"
+        hint = "evaluate both models on the same data and split, with the same n and seed"
         raise UserError(f"the reports are of different images: {what} {one} and {other}", hint)
 
 

@@ -35,7 +35,7 @@ class Data:
 
     class_names: None where the source has no names. input_size: (C, H, W) of every batch.
     augmentation: one of augment.KINDS, what suits the data. digest: 12 hex digits of the labels and some pixels.
-    rest: the training images that a limit left out.
+    rest: the training images that a limit left out. test_name: what reports call the test images.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Data:
     augmentation: str
     digest: str
     rest: Split | None = None
+    test_name: str = "test"
 
     def to(self, device: torch.device | str) -> Data:
         """The same data with the images that are in memory moved to that device."""
@@ -109,7 +110,8 @@ def from_tensors(train: Any, val: Any = None, test: Any = None, *, name: str = "
     given = {"train": train, "val": val, "test": test}
     splits = {part: split_of(pairs, f"{name} {part}", input_size) for part, pairs in given.items() if pairs is not None}
     source = Source(name, splits, augmentation or _usual(splits["train"]), class_names, num_classes)
-    return _assemble(source, val_fraction, seed, limit, progress)
+    data = _assemble(source, val_fraction, seed, limit, progress)
+    return data if test is not None else replace(data, test_name="held-out")
 
 
 def digest(*splits: Split) -> str:

@@ -39,7 +39,7 @@ def time_limit() -> int:
 def make_accelerator(precision: str = "no", tracker: str | None = None, log_dir: str | None = None) -> Accelerator:
     """Return the Accelerator of this process. Raises UserError when the precision or tracker cannot be had here."""
     if precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("fp16 needs a CUDA device", "take --precision bf16")
+        raise UserError("fp16 needs a CUDA device", "take --precision bf16 (precision=\"bf16\" in Python)")
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if gpus and here > gpus and os.environ.get("ACCELERATE_USE_CPU") != "true":
         raise UserError(f"{here} processes, but this machine has {gpus} GPUs", f"start {gpus} processes here")
@@ -71,7 +71,7 @@ def make_accelerator(precision: str = "no", tracker: str | None = None, log_dir:
     except (ValueError, ImportError) as error:
         raise UserError(f"cannot start with precision {precision}, tracker {tracker}: {error}") from None
     if tracker and not accelerator.log_with:
-        raise UserError(f"the tracker {tracker} is not installed", f"pip install {tracker}, or leave --tracker out")
+        raise UserError(f"the tracker {tracker} is not installed", f"pip install {tracker}, or leave the tracker out")
     return accelerator
 
 
@@ -233,7 +233,5 @@ def busy_cores() -> str | None:
     if others + wanted <= cores + 0.5 or torch.cuda.is_available():
         return None
     free = max(1, int(cores - others))
-    return (
-        f"{others:.1f} of {cores} cores are busy and this run wants {wanted} threads: "
-        f"expect it to crawl; OMP_NUM_THREADS={free} fits what is free"
-    )
+    advice = f"OMP_NUM_THREADS={free} fits what is free" if free < wanted else "nothing here can help but to wait"
+    return f"{others:.1f} of {cores} cores are busy and this run wants {wanted} threads: expect it to crawl; {advice}"

@@ -38,7 +38,8 @@ def sample(n_available: int, n: int | None, seed: int) -> list[int]:
     if n is None or n == n_available:
         return list(range(n_available))
     if n > n_available:
-        raise UserError(f"asked for {n} images, the split has {n_available}", f"take --n {n_available} or leave it out")
+        hint = f"take --n {n_available} (n={n_available} in Python)"
+        raise UserError(f"asked for {n} images, the split has {n_available}", hint)
     return sorted(np.random.default_rng(seed).permutation(n_available)[:n].tolist())
 
 
@@ -115,7 +116,8 @@ def evaluate(
         "surrogate": model_digest(surrogate[1]) if surrogate else None,
     }
     if finished is not None:
-        same_facts(finished.facts, facts, "the report", "--force replaces the report, -o names another")
+        hint = "--force replaces the report, -o names another (leave out finished= in Python)"
+        same_facts(finished.facts, facts, "the report", hint)
         return finished
     notes = _model_notes(run, clean)
     checks: dict[str, float | int] = {}

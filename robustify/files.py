@@ -60,12 +60,13 @@ def new_folder(path: str | Path, force: bool = False) -> Path:
     """
     folder = Path(path).expanduser().resolve()
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"the output {path} is a file", "choose another folder with -o")
+        raise UserError(f"the output {path} is a file", "choose another folder (-o)")
     if os.path.ismount(folder) or Path.cwd().is_relative_to(folder):
         hint = f"choose a folder inside it: -o {Path(path) / 'robust'}"
         raise UserError(f"the output {path} cannot be replaced as a whole while it is in use", hint)
     if folder.is_dir() and not force and any(folder.iterdir()):
-        raise UserError(f"the output folder {path} is not empty", "--force replaces its files, -o names another")
+        hint = "--force (force=True in Python) replaces its files, -o names another"
+        raise UserError(f"the output folder {path} is not empty", hint)
     parent = next(p for p in folder.parents if p.exists())
     for place in (parent, folder):
         if place.exists() and not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):

@@ -62,7 +62,7 @@ def find_classifier(net: nn.Module, x: Tensor) -> list[str]:
         return [candidates[-1][0]]
     raise UserError(
         f"{type(net).__name__} has no linear or convolutional layer with {logits.shape[1]} outputs at its end",
-        "name the layers to train, for instance --layers 'head*', or take --layers full",
+        "name the layers to train, for instance --layers 'head*', or take --layers full (layers=... in Python)",
     )
 
 
@@ -133,7 +133,7 @@ def select(net: nn.Module, layers: str, classifier: list[str]) -> Selection:
     for pattern in wanted:
         if not fnmatch.filter(every, pattern.strip()):
             raise UserError(
-                f"--layers {pattern!r} matches no parameter.{nearest(pattern, list(every))}",
+                f"the pattern of layers {pattern!r} matches no parameter.{nearest(pattern, list(every))}",
                 f"names look like {', '.join(list(every)[:2] + list(every)[-2:])}; or take last or full",
             )
     names = [name for name in every if any(fnmatch.fnmatch(name, pattern.strip()) for pattern in wanted)]

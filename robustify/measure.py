@@ -141,7 +141,8 @@ def _check_logits(logits: Tensor, y: Tensor) -> None:
     if int(y.max()) >= logits.shape[1]:
         raise UserError(
             f"the model has {logits.shape[1]} classes, the data has a label {int(y.max())}",
-            "take data of the same classes, or a model whose classifier is replaced: --set model.num_classes=N",
+            "take data of the same classes and in the same order, or give the model a new classifier, which then is trained: "
+            "robustify finetune --num-classes N (robustify.load(..., num_classes=N) in Python)",
         )
     if not torch.isfinite(logits).all():
         hint = "is the file damaged, or the precision too low?"

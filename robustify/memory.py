@@ -18,7 +18,7 @@ def memory_explained(recipe: Recipe) -> AbstractContextManager[None]:
         f"batches of {t.batch_size} (evaluation: {e.batch_size}) images",
         f"take --set train.batch_size={max(1, t.batch_size // 2)} --set eval.batch_size={max(1, e.batch_size // 2)}, "
         f"or --set train.accumulate={t.accumulate * 2} for nearly the same in smaller passes "
-        "(BatchNorm sees smaller batches)",
+        "(BatchNorm sees smaller batches); in robustify.harden: batch_size, n and accumulate",
     )
 
 

@@ -64,7 +64,7 @@ def _fitting(near: int, share: float, images: int, passes: int) -> str:
             unlabelled = pool_share(size, share)
             parts = (size - unlabelled, unlabelled) if share else (size,)
             if size - unlabelled <= images and all(part > 0 and part % passes == 0 for part in parts):
-                return f"take --set train.batch_size={size}"
+                return f"take --set train.batch_size={size} (batch_size={size} in robustify.harden)"
     return f"no batch of these {images} images does: take fewer passes" + (" or another data.unlabelled_share" * bool(share))
 
 

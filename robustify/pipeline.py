@@ -222,10 +222,15 @@ def _run(
     model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
 
     went_back = None
-    if recipe.train.max_clean_drop is not None and outcome.best_epoch:
-        went_back = _go_back(recipe, model, start, data, folder, world, tell)
+    if recipe.train.max_clean_drop is not None:
+        if outcome.best_epoch:
+            went_back = _go_back(recipe, model, start, data, folder, world, tell)
+        else:
+            tell(Note("the start's weights are kept, so max_clean_drop has nothing to go back from", "warning"))
 
     after = _measure(recipe, checkpoint, model, data, world, "after", tell)
+    tell(Measured("after", after))
+    # what was said when it happened, for the report and the card
     if went_back:
         after.notes.append(went_back)
     if outcome.best_epoch == 0:
@@ -234,7 +239,6 @@ def _run(
         )
     if outcome.remedies:
         after.notes.append(f"robustness collapsed while training, which then went on with {', then '.join(outcome.remedies)}")
-    tell(Measured("after", after))
     if world.is_main:
         save_pair(folder / "report.json", before, after)
         if export_it:
@@ -293,7 +297,8 @@ def _begin(folder: Path, recipe: Recipe, command: str, resume: Path | None, data
     before = Report.load(folder / "before.json")
     if before.data != _named(data):
         raise UserError(
-            f"the run in {folder} began on the data {before.data}, this is {_named(data)}", "start anew with --force"
+            f"the run in {folder} began on the data {before.data}, this is {_named(data)}",
+            "start anew with --force (force=True in Python)",
         )
     return before
 
@@ -319,6 +324,7 @@ def _measure(
         tell=lambda stage, done, total: tell(Progress(f"{when}: {stage}", done, total)),
         model_id=checkpoint.base_id if when == "before" else f"{checkpoint.base_id} + {recipe.method.name}",
         data_name=_named(data),
+        split_name=data.test_name,
         check=True,
     )
 

@@ -70,7 +70,7 @@ def planned(recipe: Recipe, checkpoint: Checkpoint, data: Data) -> dict[str, Any
         if checkpoint.replaced
         else None,
         "license": checkpoint.license or "unknown",
-        "data": f"{data.name}: {len(data.train)} train, {len(data.val)} held out, {len(data.test)} test",
+        "data": f"{data.name}: {len(data.train)} train, {len(data.val)} held out, {len(data.test)} {data.test_name}",
         "threat": recipe.threat.spec,
         "method": recipe.method.name,
         "trains": f"{recipe.train.layers}: {chosen.trainable:,} of {chosen.total:,} parameters",

@@ -19,10 +19,12 @@ from robustify.threat import ThreatModel
 
 @dataclass(frozen=True)
 class Resolved:
-    """A recipe and where each of its values came from: `recipe`, `command line`, `default`, or the run of its model."""
+    """A recipe and where each of its values came from: `recipe`, `command line`, `default`, `the method`, or the run of its
+    model. note: what to say when the method asks for another threat than the recipe has."""
 
     recipe: Recipe
     origins: Origins
+    note: str | None = None
 
 
 def resolve(
@@ -64,10 +66,12 @@ def resolve(
         if given.get("data.name") in (None, run.data.name):
             values["data"] = kept["data"]
         origins = dict.fromkeys(_leaves(values), "the model's run")
-    _follow_method(values, given)
+    followed = _follow_method(values, given)
     for key, value in given.items():
         _put(values, key, value)
         origins[key] = "command line"
+    if followed:
+        origins["threat"] = "the method"
     if "model" not in values:
         raise UserError("no model", "name one: robustify finetune --model Zhang2019, or a recipe: robustify ls recipes")
     if "data" not in values and _source(values["model"]) in ("digits", "digits-cnn"):
@@ -75,7 +79,7 @@ def resolve(
         origins["data.name"] = "the model's own"
     recipe = build(values)
     every = _leaves(recipe.to_dict())
-    return Resolved(recipe, {key: origins.get(key, "default") for key in every})
+    return Resolved(recipe, {key: origins.get(key, "default") for key in every}, followed)
 
 
 def _runs_no_code(name: str | None, values: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -96,12 +100,15 @@ def _source(model: Any) -> Any:
     return model.get("source") if isinstance(model, Mapping) else model
 
 
-def _follow_method(values: dict[str, Any], given: dict[str, Any]) -> None:
-    """--method over a recipe of another method: its own defaults, and the recipe's radius as the threat it can train for."""
+def _follow_method(values: dict[str, Any], given: dict[str, Any]) -> str | None:
+    """--method over a recipe of another method: its own defaults, and the recipe's radius as the threat it can train for.
+
+    Returns what to say when the threat is another.
+    """
     new = given.get("method.name")
     there = values.get("method")
     if new is None or (isinstance(there, Mapping) and new == there.get("name")):
-        return
+        return None
     values["method"] = {}
     method = METHODS.get(new)
     if method and "threat" not in given and values.get("threat"):
@@ -109,6 +116,9 @@ def _follow_method(values: dict[str, Any], given: dict[str, Any]) -> None:
         if threat and threat.distributional != method.distributional:
             pointwise = threat.pointwise().spec
             given["threat"] = f"W2-{pointwise}" if method.distributional else pointwise
+            kind = "distributional" if method.distributional else "pointwise"
+            return f"the threat is {given['threat']} instead of {threat.spec}: {new} trains against a {kind} one"
+    return None
 
 
 def _as_threat(text: Any) -> ThreatModel | None:

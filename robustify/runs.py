@@ -56,14 +56,15 @@ def _same_recipe(folder: Path, recipe: Recipe) -> None:
     except FileNotFoundError:
         raise UserError(f"{folder} is not a run folder: it has no recipe.yaml") from None
     except (yaml.YAMLError, UserError) as error:
-        raise UserError(f"{folder / 'recipe.yaml'} cannot be read: {error}", "--force starts anew there") from None
+        hint = "--force (force=True in Python) starts anew there"
+        raise UserError(f"{folder / 'recipe.yaml'} cannot be read: {error}", hint) from None
     if there.digest != recipe.digest:
         mine, theirs = flat(recipe.to_dict()), flat(there.to_dict())
         changed = [f"{key}: {theirs.get(key)} -> {mine.get(key)}" for key in mine if mine.get(key) != theirs.get(key)]
         raise UserError(
             f"{folder} holds an unfinished run of another recipe ({'; '.join(changed[:4])})",
             f"continue it with: robustify finetune {shlex.quote(str(folder / 'recipe.yaml'))} -o {shlex.quote(str(folder))}; "
-            "or start anew with another folder (-o) or --force",
+            "or start anew with another folder (-o) or --force (force=True in Python)",
         )
 
 

@@ -1,6 +1,7 @@
 """The recipes and accelerate configs that come with robustify, as text. Imports no torch, so that listing them is instant."""
 from __future__ import annotations
 
+import shlex
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -36,6 +37,7 @@ def text(name: str) -> str:
         return path.read_text(encoding="utf8")
     if name not in names():
         raise UserError(
-            f"no recipe {name!r}.{nearest(name, names())}", f"recipes: {', '.join(names())}; or the path of a YAML file"
+            f"no recipe {name!r}.{nearest(name, names())}",
+            f"recipes: {', '.join(names())}; or the path of a YAML file; a model is named by --model {shlex.quote(name)}",
         )
     return (files("robustify.recipes") / f"{name}.yaml").read_text(encoding="utf8")

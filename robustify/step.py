@@ -125,7 +125,8 @@ def check_derivatives(method: Method | OwnStep, settings: TrainSettings, model: 
     if third and live and _normalised_by_batch(model):
         raise UserError(
             "gaat with gradient exact and order 2 needs third derivatives, which torch's batch norm has not while it trains",
-            "take --set method.gradient=hessian-free, --set method.order=1 or --set train.batchnorm=frozen",
+            "take --set method.gradient=hessian-free, --set method.order=1 or --set train.batchnorm=frozen "
+            '(method={"name": "gaat", "order": 1} or batchnorm="frozen" in Python)',
         )
 
 

@@ -39,6 +39,7 @@ from robustify.sensitivity import UpsilonTracker
 from robustify.step import Setup, set_train_mode, share_statistics, take_step
 
 _UPSILON, _ALIGNMENT = 13, 18  # first words of the seeds
+FEW = 100  # held-out images, on which an accuracy has a standard error of up to 5 points
 
 
 @dataclass
@@ -111,6 +112,12 @@ def train(
     schedule = make_schedule(setup.optimizer, s.schedule, s.epochs, per_epoch, s.warmup_epochs, s.accelat)
     own = {"loop": state, "schedule": schedule}
     probe = subset(data.val, sample(len(data.val), min(s.probe_images, len(data.val)), s.seed))
+    if len(probe) < FEW:
+        yield Note(
+            f"only {len(probe)} held-out images choose the best epoch and tell a collapse: an accuracy on them has a standard "
+            f"error of up to {50 / len(probe) ** 0.5:.0f} points; hold out more (data.val_fraction, train.probe_images)",
+            "warning",
+        )
     setup.hook = attach(
         setup.forward,
         s.compress,
@@ -214,7 +221,9 @@ def train(
     metrics.close()
     if state.best_epoch == 0:
         yield Note(
-            "no epoch was better on the held-out images than the start, so the start's weights are kept", "warning"
+            "no epoch was better on the held-out images than the start, so the start's weights are kept: train for more "
+            "epochs, at another learning rate (train.lr), or take the last epoch's (train.keep: last)",
+            "warning",
         )
     _load_best(setup, folder)
     return Outcome(state.step, s.epochs, state.best, state.best_epoch, state.collapsed, state.seconds, state.remedies)
@@ -323,5 +332,6 @@ def _not_finite(setup: Setup, losses: dict[str, float], step: int, epoch: int) -
     return UserError(
         f"the loss is not a number at step {step + 1} (epoch {epoch + 1}): {facts}; learning rate {lr:g}, "
         f"largest weight {worst:g}, precision {setup.settings.precision}. The last checkpoint is intact.",
-        f"try --set train.lr={lr / 10:g}, --set train.clip_norm=1" + (", or --precision no" if setup.shadow else ""),
+        f"try --set train.lr={lr / 10:g}, --set train.clip_norm=1" + (", or --precision no" if setup.shadow else "")
+        + f" (lr={lr / 10:g}, clip_norm=1 in robustify.harden)",
     )

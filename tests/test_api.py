@@ -76,3 +76,21 @@ def test_export_of_a_checkpoint_reads_back(tmp_path):
 def test_a_surrogate_of_other_classes_is_refused():
     with pytest.raises(UserError, match="the surrogate Sequential has 3 classes, the model 4"):
         robustify.evaluate(tiny_net(), toy_data(8), attacks=["fgsm"], surrogate=tiny_net(classes=3))
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        (lambda out: robustify.evaluate(tiny_net(), toy_data(8), n=9), "n=8"),
+        (lambda out: robustify.evaluate(tiny_net(classes=3), toy_data(8)), "num_classes=N"),
+        (lambda out: robustify.load("timm:darknet17"), "pretrained=False"),
+        (lambda out: robustify.harden(tiny_net(), toy_data(40), verify=False, batch_size=99), "batch_size=14 in"),
+        (lambda out: robustify.export(robustify.load("digits"), out), "force=True"),
+    ],
+)
+def test_a_mistake_in_python_is_told_with_pythons_arguments(call, argument, tmp_path):
+    """Whatever flag of the command line is named, the argument stands beside it."""
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError) as refused:
+        call(tmp_path)
+    assert argument in str(refused.value)

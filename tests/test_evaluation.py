@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from helpers import tiny_net, toy_data
 from torch import nn
 
 from robustify import distributional, environment, evaluation, flips, pieces, pointwise
-from robustify.attacks import AttackSpec, pgd
+from robustify.attacks import AttackSpec
 from robustify.data import from_tensors
 from robustify.errors import UserError
 from robustify.evaluation import counted, evaluate
@@ -328,29 +327,3 @@ def test_bad_input_is_refused(model, split):
         evaluate(model, split, ["autoatack"], THREAT)
     with pytest.raises(UserError, match="not one row of logits"):
         evaluate(model[:5], split, ["fgsm"], THREAT)
-
-
-@pytest.fixture
-def from_the_centre(monkeypatch):
-    """PGD without its random start, so that others climb the same path."""
-    monkeypatch.setattr(sys.modules["robustify.attacks.pgd"], "uniform_in_ball", lambda x, *_: torch.zeros_like(x))
-
-
-def test_the_same_images_as_torchattacks_pgd(model, split, from_the_centre):
-    torchattacks = pytest.importorskip("torchattacks")
-    x, y = split.batch(range(60))
-    theirs = torchattacks.PGD(model, eps=THREAT.eps, alpha=THREAT.eps / 4, steps=10, random_start=False)(x, y)
-    ours = pgd(model, x, y, threat=THREAT, steps=10)
-    held = model(ours).argmax(1) == y
-    assert 0 < held.sum() < 50
-    assert torch.allclose(ours[held], theirs[held], atol=1e-6)  # an image once fooled stays as it was then
-    assert not (held & (model(theirs).argmax(1) != y)).any()
-
-
-def test_the_same_verdicts_as_adv_lib_pgd(model, split, from_the_centre):
-    adv_lib = pytest.importorskip("adv_lib.attacks")
-    x, y = split.batch(range(60))
-    # it does not look at the image after its last step
-    theirs = adv_lib.pgd_linf(model, x, y, THREAT.eps, steps=11, random_init=False, relative_step_size=0.25)
-    ours = pgd(model, x, y, threat=THREAT, steps=10)
-    assert torch.equal(model(ours).argmax(1) == y, model(theirs).argmax(1) == y)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import robustify
 from robustify.data import from_tensors
+from robustify.distributed import busy_cores
 from robustify.errors import UserError
 from robustify.events import EpochEnd, Exported, Measured, Planned, StepEnd
 from robustify.memory import memory_explained
@@ -274,7 +275,7 @@ def test_data_objects_pass_through():
 
 
 def test_a_caller_who_listens_to_nothing_is_warned_when_nothing_was_gained():
-    with pytest.warns(UserWarning, match="no epoch was better"):
+    with pytest.warns(UserWarning, match="no epoch was better") as told:
         result = harden(
             tiny_net(),
             toy_data(96),
@@ -287,6 +288,23 @@ def test_a_caller_who_listens_to_nothing_is_warned_when_nothing_was_gained():
             attacks=["clean"],
             verify=False,
             augment="none",
+            max_clean_drop=2,
         )
+    said = [str(warning.message) for warning in told]
+    assert any("held-out images choose the best epoch" in text and "standard error of up to 1" in text for text in said)
+    assert any("max_clean_drop has nothing to go back from" in text for text in said)
+    assert any("train for more epochs" in text for text in said)
     assert result.outcome.best_epoch == 0
     assert any("beat the start" in note for note in result.report[1].notes)
+    assert {report.split for report in result.report} == {"held-out"}  # no test images were given
+
+
+@pytest.mark.parametrize(("threads", "advice"), [(1, "nothing here can help"), (2, "OMP_NUM_THREADS=1 fits")])
+def test_busy_cores_are_told_with_advice_that_can_be_followed(monkeypatch, threads, advice):
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: 100.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert advice in str(busy_cores())
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: 0.0)
+    monkeypatch.setattr("os.cpu_count", lambda: threads)
+    assert busy_cores() is None

@@ -36,7 +36,11 @@ def test_data_threat_and_method_of_the_models_run_stand_where_nothing_else_is_sa
     assert (same.recipe.data, same.recipe.threat, same.recipe.method.name) == (run.data, run.threat, "trades")
     assert same.recipe.model.source == "runs/a"
     assert same.origins["data.limit"] == same.origins["threat"] == "the model's run"
-    other = resolve(None, {"model.source": "runs/a", "method.name": "wasserstein"}, run=run).recipe
+    assert same.note is None
+    changed = resolve(None, {"model.source": "runs/a", "method.name": "wasserstein"}, run=run)
+    assert changed.note == "the threat is W2-Linf:0.1 instead of Linf:0.1: wasserstein trains against a distributional one"
+    assert changed.origins["threat"] == "the method"
+    other = changed.recipe
     assert (other.threat.spec, other.data.name) == ("W2-Linf:0.1", "digits")
     moved = resolve(None, {"model.source": "runs/a", "data.name": "cifar10"}, run=run).recipe
     assert (moved.data.name, moved.data.limit, moved.threat.spec) == ("cifar10", None, "Linf:0.1")

@@ -111,6 +111,8 @@ def run(
     arguments = options.typed(context)
     if dry_run:
         with console.Watch() as watch:
+            if resolved.note:
+                console.note(resolved.note)
             facts = plan(resolved.recipe, processes=processes, listener=watch)
         _show_plan(resolved, facts, options.command(a for a in arguments if a != "--dry-run"), as_json)
         return
@@ -124,6 +126,8 @@ def run(
             raise typer.Exit(relaunch(layout, arguments))
     folder = output or Path("runs") / default_name(resolved.recipe.model.source, resolved.recipe.method.name)
     command = options.command(arguments)
+    if resolved.note:
+        console.note(resolved.note)
     with _ends_explained(again), console.Watch() as watch:
         result = pipeline.finetune(resolved.recipe, folder, resume=resume, force=force, command=command, listener=watch)
     _show_result(*result.report, result.folder or folder, as_json)

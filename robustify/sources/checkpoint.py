@@ -43,5 +43,5 @@ class Checkpoint:
 def agreed_license(known: str | None, given: str | None, base_id: str) -> str | None:
     """Return the license that the publisher states, or else the given one. Raises UserError when they differ."""
     if known and given and known.lower() != given.lower():
-        raise UserError(f"the license of {base_id} is {known}, not {given}", "leave out --license: it is inherited")
+        raise UserError(f"the license of {base_id} is {known}, not {given}", "leave out the license: it is inherited")
     return known or given

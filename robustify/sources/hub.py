@@ -13,7 +13,7 @@ from typing import Any
 from robustify.errors import UserError
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-RANDOM = "or start from random weights: --set model.pretrained=false"
+RANDOM = "or start from random weights: pretrained=False (robustify finetune: --set model.pretrained=false)"
 
 
 def weight_file(repo: str, filename: str | None = None) -> Path:

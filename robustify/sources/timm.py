@@ -48,7 +48,7 @@ def load(name: str, options: Options) -> Checkpoint:
     classes = options.num_classes or own
     pretrained = options.pretrained
     if not classes:
-        hint = "say how many: --num-classes 10 (num_classes=10 in Python)"
+        hint = "say how many when it is trained: robustify finetune --num-classes 10 (num_classes=10 in Python)"
         raise UserError(f"{name} comes without a classifier, so it has no number of classes", hint)
     size = options.input_size(tuple(cfg["input_size"]))
     overlay: dict[str, Any] = {"tag": cfg.get("tag"), "input_size": size}
@@ -132,7 +132,7 @@ def _weights(name: str, cfg: dict[str, Any], allow_pickle: bool) -> dict[str, An
         custom = bool(cfg.get("custom_load"))
         path = hub.url_file(name, cfg["url"])
     else:
-        raise UserError(f"timm has no pretrained weights for {name}", "random ones: --set model.pretrained=false")
+        raise UserError(f"timm has no pretrained weights for {name}", f"take weights of your own, {hub.RANDOM}")
     if custom:
         return {"file": str(path), "custom_load": True}
     return {"state_dict": weights.read(path, allow_pickle), "custom_load": False}

@@ -105,7 +105,7 @@ def _read_torch(path: Path, allow_pickle: bool) -> Any:
             raise _broken(path, error) from None
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         names = f" ({wanted[1]})" if wanted else ""
-        hint = "loading it would run code from the file: only if you trust its author, add --allow-pickle"
+        hint = "loading it would run code from the file: only if you trust its author, add --allow-pickle (allow_pickle=True)"
         raise UserError(f"{path} holds more than tensors{names} and was not opened", hint) from None
     except Exception as error:  # a damaged file ends in whatever the unpickler met first
         raise _broken(path, error) from None
