@@ -85,6 +85,9 @@ def evaluate(
     Raises UserError for bad attacks, n, or images, when the model changes under evaluation, and when resume_folder or
     `finished` was begun with another model, data or settings, resume_folder also with other versions or on another device.
     """
+    for name, value, least in (("n", n, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        if value is not None and value < least:
+            raise UserError(f"{name} must be at least {least}, not {value}")
     world = world or World()
     several = [threats] if isinstance(threats, ThreatModel) else list(threats)
     plan = _plan(attacks, several)

@@ -321,6 +321,9 @@ def test_a_fast_search_has_exact_verdicts_and_says_so(model, split):
 def test_bad_input_is_refused(model, split):
     with pytest.raises(UserError, match="asked for 61 images"):
         evaluate(model, split, ["fgsm"], THREAT, n=61)
+    for name, value in (("n", 0), ("n", -5), ("batch_size", 0), ("seed", -1)):
+        with pytest.raises(UserError, match=f"{name} must be at least .*, not {value}"):
+            evaluate(model, split, ["fgsm"], THREAT, **{name: value})
     with pytest.raises(UserError, match="the model has 4 classes"):
         evaluate(model, from_tensors(*[toy_data(30, 5)] * 3).test, ["fgsm"], THREAT)
     with pytest.raises(UserError, match="unknown attack"):
