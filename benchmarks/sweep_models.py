@@ -49,8 +49,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 SIDES = (32, 56, 64, 96, 112, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512)
-BATCH = 3  # BatchNorm over two maps of 1x1 has no gradient
-STEP_SETTINGS = {"batch_size": BATCH, "lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "clip_norm": 1.0}
+STEP_SETTINGS = {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "clip_norm": 1.0}
 DONE = ("passed", "same", "refused", "not run")
 
 
@@ -168,7 +167,8 @@ def _stages(row: dict[str, Any], machine: Machine) -> None:
     checkpoint = small
     if not written:
         _awaken(checkpoint.model.net)
-    x = torch.rand(BATCH, *checkpoint.input_size, generator=torch.Generator().manual_seed(0))
+    batch = 3 if side <= 64 else 2  # BatchNorm over two maps of 1x1 has no gradient; large maps need much memory
+    x = torch.rand(batch, *checkpoint.input_size, generator=torch.Generator().manual_seed(0))
     model = checkpoint.model
     with borrowed(model), torch.no_grad():
         y = model(x).argmin(1)  # a network of random weights may be very sure of itself; here it is wrong
@@ -370,7 +370,7 @@ def _step(checkpoint: Any, layers_: str, classifier: list[str], x: Any, y: Any, 
     net = checkpoint.model.net
     chosen = set(layers.select(net, layers_, classifier).names)
     before = {name: _some(value) for name, value in net.state_dict().items()}
-    method, settings = Wasserstein(steps=1), TrainSettings(layers=layers_, **STEP_SETTINGS)
+    method, settings = Wasserstein(steps=1), TrainSettings(layers=layers_, batch_size=len(x), **STEP_SETTINGS)
     threat = ThreatModel.parse("W2-Linf:8/255")
     setup = prepare(checkpoint.model, method, threat, settings, machine.accelerator, "none", 64)
     assert setup.tracker is not None
@@ -626,6 +626,7 @@ def run(args: argparse.Namespace) -> None:
     rows = read_rows(args.out)
     again = () if args.retry is None else tuple(args.retry)
     todo = [e for e in wanted if e["name"] not in rows or (rows[e["name"]]["outcome"] in again)]
+    todo.sort(key=lambda e: rows.get(e["name"], {}).get("parameters", 0))  # what was too large: the smaller ones first
     deadline = time.monotonic() + args.time_limit * 60 if args.time_limit else float("inf")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with machine(args.largest, args.scratch) as here, open(args.out, "a") as file:
