@@ -26,10 +26,10 @@ _BROKEN = re.compile(r"gloo|NCCL|by peer|Broken pipe|socket|[Tt]imed out waiting
 
 
 class Preempted(Exception):
-    """SIGTERM came, as clusters send it before they take a machine away; the state of this step is on disk."""
+    """SIGTERM came, as clusters send it before they take a machine away. saved: what is on disk."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"ended by SIGTERM after step {step}, whose state is saved")
+    def __init__(self, saved: str) -> None:
+        super().__init__(f"ended by SIGTERM; {saved}")
 
 
 class PeerLost(UserError):
@@ -38,23 +38,40 @@ class PeerLost(UserError):
 
 @dataclass
 class Termination:
-    """Whether SIGTERM has come."""
+    """What SIGTERM does: it raises Preempted where it meets the program, or is only noted while a step is `held`.
+
+    asked: whether it has come; saved: what is on disk, in words.
+    """
 
     asked: bool = False
+    held: bool = False
+    saved: str = "nothing is saved yet"
+
+    def come(self) -> None:
+        self.asked = True
+        if not self.held:
+            raise Preempted(self.saved)
+
+    def hold(self) -> None:
+        """From here on work is done that must be saved first, by all processes together."""
+        self.held = True
+
+    def release(self) -> None:
+        """From here on nothing is lost that is not on disk. Raises Preempted when it has come meanwhile."""
+        self.held = False
+        if self.asked:
+            raise Preempted(self.saved)
 
 
 @contextmanager
 def sigterm_noted() -> Iterator[Termination]:
-    """Let SIGTERM only be noted while the block runs, so that a step can end and its state be saved."""
+    """Have SIGTERM end the block in order: within a batch's time, or once the step is saved."""
     noted = Termination()
     if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
         yield noted
         return
 
-    def note(number: int, frame: object) -> None:
-        noted.asked = True
-
-    before = signal.signal(signal.SIGTERM, note)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: noted.come())
     try:
         yield noted
     finally:
@@ -74,8 +91,6 @@ def peers_watched(world: World) -> Iterator[None]:
             _leave_word(world, error)
             raise
         raise PeerLost(_last_words() or _unexplained(error)) from None
-    except Preempted:
-        raise
     except BaseException as error:
         _leave_word(world, error)
         raise
@@ -113,7 +128,8 @@ def _unexplained(error: RuntimeError) -> str:
 def _leave_word(world: World, error: BaseException) -> None:
     store = _store()
     if store is not None:
-        text = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        known = isinstance(error, UserError | Preempted)
+        text = str(error).splitlines()[0] if known else f"{type(error).__name__}: {error}"
         store.set(_WHY, f"process {world.rank} of {world.size} has ended: {text}")
 
 

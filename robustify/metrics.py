@@ -11,16 +11,18 @@ from robustify import files
 
 
 class Metrics:
-    """Appends lines to `path`, or to nothing when it is None. resumed_step: the checkpoint's, None for a new run."""
+    """Appends lines to `path`, or to nothing when it is None. resumed_step: the checkpoint's, None for a new run; epoch: the
+    last one that was over then."""
 
-    def __init__(self, path: Path | None, resumed_step: int | None) -> None:
+    def __init__(self, path: Path | None, resumed_step: int | None, epoch: int = 0) -> None:
         self.file = None
         if path is None:
             return
         if resumed_step is not None and path.exists():
             whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in whole if json.loads(line)["step"] <= resumed_step]
-            files.write_text(path, "".join(line + "\n" for line in kept))
+            lines = [json.loads(line) for line in whole]
+            kept = [v for v in lines if v["step"] <= resumed_step and not ("probe" in v and v["epoch"] > epoch)]
+            files.write_text(path, "".join(json.dumps(values) + "\n" for values in kept))
             self.file = open(path, "a")  # noqa: SIM115
         else:
             self.file = open(path, "w")  # noqa: SIM115

@@ -25,7 +25,7 @@ from robustify.errors import UserError
 from robustify.evaluation import evaluate, model_digest
 from robustify.events import Event, Exported, Listener, Measured, Note, Planned, Progress
 from robustify.export import export
-from robustify.faults import peers_watched, same_everywhere, sigterm_noted
+from robustify.faults import Termination, peers_watched, same_everywhere, sigterm_noted
 from robustify.inputs import augmentation, gate, load_inputs, prepare_weights
 from robustify.memory import memory_explained
 from robustify.methods import withstood
@@ -90,10 +90,12 @@ def finetune(
         }
         accelerator.init_trackers("robustify", simple)
     tell: Listener = listener if world.is_main else lambda event: None
-    with peers_watched(world), memory_explained(recipe):
+    with peers_watched(world), sigterm_noted() as termination, memory_explained(recipe):
         with main_first(world):
             checkpoint, data = load_inputs(recipe, tell)
-        result = _run(recipe, checkpoint, data, accelerator, folder, checkpoint_at, command, tell, export_it=True)
+        result = _run(
+            recipe, checkpoint, data, accelerator, folder, checkpoint_at, command, tell, termination, export_it=True
+        )
     accelerator.end_training()
     return result
 
@@ -150,15 +152,14 @@ def harden(
         pixel_model, "custom", {}, logits.shape[1], data.input_size, type(model).__name__, None, None, None, None
     )
     accelerator = make_accelerator(recipe.train.precision)
-    with memory_explained(recipe):
+    with sigterm_noted() as ends, memory_explained(recipe):
         if out is None:
             with tempfile.TemporaryDirectory() as scratch:
-                result = _run(recipe, checkpoint, data, accelerator, Path(scratch), None, "", listener, export_it=False)
+                place = Path(scratch)
+                result = _run(recipe, checkpoint, data, accelerator, place, None, "", listener, ends, export_it=False)
                 return replace(result, folder=None)
-        at = open_run(Path(out), recipe, "never", force)
-        return _run(
-            recipe, checkpoint, data, accelerator, Path(out), at, "robustify.harden(...)", listener, export_it=True
-        )
+        at, said = open_run(Path(out), recipe, "never", force), "robustify.harden(...)"
+        return _run(recipe, checkpoint, data, accelerator, Path(out), at, said, listener, ends, export_it=True)
 
 
 def _warn(event: Event) -> None:
@@ -176,6 +177,7 @@ def _run(
     resume: Path | None,
     command: str,
     tell: Listener,
+    termination: Termination,
     *,
     export_it: bool,
 ) -> Result:
@@ -206,18 +208,17 @@ def _run(
     setup = prepare(
         model, recipe.method, recipe.threat, recipe.train, accelerator, augmentation(recipe, data), len(data.train)
     )
-    with sigterm_noted() as termination:
-        run = train(
-            setup,
-            data,
-            folder,
-            resume=resume,
-            eval_batch=recipe.eval.batch_size,
-            workers=recipe.data.workers,
-            pool=None if pool is None else Pool(pool, recipe.data.unlabelled_share),
-            termination=termination,
-        )
-        outcome = follow(run, tell)
+    run = train(
+        setup,
+        data,
+        folder,
+        resume=resume,
+        eval_batch=recipe.eval.batch_size,
+        workers=recipe.data.workers,
+        pool=None if pool is None else Pool(pool, recipe.data.unlabelled_share),
+        termination=termination,
+    )
+    outcome = follow(run, tell)
     model.eval().requires_grad_(True)
     model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
 

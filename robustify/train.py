@@ -47,10 +47,11 @@ class LoopState:
     """What the loop must remember to continue: saved with every checkpoint.
 
     best: held-out accuracy of the kept weights, trained_best: of the best epoch trained, aligned: its gradient alignment;
-    fallen: whether the last epoch fell from that; sums: of the epoch's losses.
+    fallen: whether the last epoch fell from that; sums: of the epoch's losses. epoch: how many are over, with their probe.
     """
 
     step: int = 0
+    epoch: int = 0
     best: float = -1.0
     trained_best: float = 0.0
     aligned: float = 0.0
@@ -98,7 +99,8 @@ def train(
     folder: gets metrics.jsonl, best.safetensors and checkpoints/. resume: a checkpoint of the same run. workers: processes
     that decode pictures which are not in memory. pool: images that take their share of every batch; an epoch goes over the
     labelled ones. termination: once it is asked for on any process, the state is saved at
-    the end of the step and Preempted raised.
+    the end of the step, or of a batch of Upsilon's measurement, and Preempted raised; in a probe, before which the state is
+    saved, at once.
     Raises UserError when the loss stops being a number, with the facts.
     """
     termination = termination or Termination()
@@ -131,9 +133,10 @@ def train(
     if resume is not None:
         checkpoints.resume(setup, own, resume)
         setup.method = remedied(method, state.remedies)
+        termination.saved = _saved(state.step)
         yield Note(f"resumed at step {state.step} of {steps}")
-    metrics = Metrics(folder / "metrics.jsonl" if world.is_main else None, state.step if resume else None)
-    if state.step == 0:
+    metrics = Metrics(folder / "metrics.jsonl" if world.is_main else None, state.step if resume else None, state.epoch)
+    if resume is None:
         clean, robust, name = _probe(setup, probe, eval_batch)
         if s.init == "loaded":  # a start that no epoch beats is kept
             state.best = robust if method.adversarial else clean
@@ -141,8 +144,8 @@ def train(
         metrics.write(step=0, epoch=0, clean=clean, robust=robust, probe=name)
         yield EpochEnd(0, s.epochs, clean, robust, name, False)
 
-    while state.step < steps and not state.collapsed:
-        epoch, done = divmod(state.step, per_epoch)
+    while state.epoch < s.epochs and not state.collapsed:
+        epoch, done = state.epoch, state.step - state.epoch * per_epoch
         lists = epoch_lists(n, epoch, s, world, labelled, times)[done * s.accumulate :]
         stream = iter(batches(data.train, lists, world.device, workers))
         if pool is not None:
@@ -150,11 +153,16 @@ def train(
             more = pool_lists(len(pool.images), first, per_epoch // times, s, world, unlabelled, times)
             stream = interleaved(stream, batches(pool.images, more[done * s.accumulate :], world.device, workers))
         set_train_mode(setup)
+        termination.hold()
         for within in range(done, per_epoch):
             begin = time.perf_counter()
             upsilon = setup.tracker if isinstance(setup.tracker, UpsilonTracker) else None
             if upsilon and upsilon.due(state.step, epoch_starts=within == 0):
-                yield from _measure_upsilon(setup, upsilon, data.train, state.step, eval_batch)
+                try:
+                    yield from _measure_upsilon(setup, upsilon, data.train, state.step, eval_batch, termination)
+                except Preempted:
+                    checkpoints.save(setup, own, folder / "checkpoints", state.step)
+                    raise
             schedule.set(state.step)
             losses, seen = take_step(setup, stream, state.step)
             if not math.isfinite(losses["total"]):
@@ -168,13 +176,13 @@ def train(
             metrics.write(step=state.step, epoch=epoch + 1, lr=lr, **losses)
             setup.accelerator.log({"lr": lr, **losses}, step=state.step)
             yield StepEnd(state.step, steps, epoch + 1, lr, losses, seen * world.size / took)
-            if state.step % per_epoch == 0:
-                break  # the epoch is not over before its probe
-            ended = world.any(termination.asked)
-            if ended or (s.checkpoint_steps and state.step % s.checkpoint_steps == 0):
+            ended, probe_next = world.any(termination.asked), within + 1 == per_epoch
+            if ended or probe_next or (s.checkpoint_steps and state.step % s.checkpoint_steps == 0):
                 checkpoints.save(setup, own, folder / "checkpoints", state.step)
+                termination.saved = _saved(state.step)
             if ended:
-                raise Preempted(state.step)
+                raise Preempted(_saved(state.step))
+        termination.release()
 
         share_statistics(setup)
         clean, robust, name = _probe(setup, probe, eval_batch)
@@ -183,19 +191,20 @@ def train(
         fell = method.adversarial and has_fallen(score, state.trained_best, s.collapse_drop, len(probe))
         alignment = _alignment(setup, probe, eval_batch) if method.one_step else None
         blind = is_blind(alignment, state.aligned)
+        termination.hold()
         best = not fell and (score > state.best or s.keep == "last")
         if best:
             state.best, state.best_epoch = score, epoch + 1
             _save_best(setup, folder)
         means = {key: value / per_epoch for key, value in state.sums.items()}
         extra = setup.tracker.summary() if setup.tracker else {}
-        if world.size > 1:
+        if world.size > 1 and done < per_epoch:
             plain = gradient_bytes(setup.model) * setup.exchanges / (per_epoch - done)
             extra |= {"gradient_bytes_per_step": setup.hook.payload() if setup.hook else plain}
         setup.exchanges = 0
         if alignment is not None:
             extra |= {"gradient_alignment": alignment}
-        state.sums = {}
+        state.sums, state.epoch = {}, epoch + 1
         metrics.write(step=state.step, epoch=epoch + 1, clean=clean, robust=robust, probe=name, best=best, **extra)
         setup.accelerator.log({"clean": clean, "robust": robust, **extra}, step=state.step)
         yield EpochEnd(epoch + 1, s.epochs, clean, robust, name, best, means, extra)
@@ -216,7 +225,8 @@ def train(
             state.trained_best, state.aligned = score, alignment or 0.0
         checkpoints.save(setup, own, folder / "checkpoints", state.step)
         if world.any(termination.asked):
-            raise Preempted(state.step)
+            raise Preempted(_saved(state.step))
+    termination.release()
 
     metrics.close()
     if state.best_epoch == 0:
@@ -227,6 +237,10 @@ def train(
         )
     _load_best(setup, folder)
     return Outcome(state.step, s.epochs, state.best, state.best_epoch, state.collapsed, state.seconds, state.remedies)
+
+
+def _saved(step: int) -> str:
+    return f"the state after step {step} is saved"
 
 
 def check_held_out(settings: TrainSettings, val: Split) -> None:
@@ -251,9 +265,12 @@ def follow(events: Generator[Event, None, Outcome], tell: Listener) -> Outcome:
 
 
 def _measure_upsilon(
-    setup: Setup, tracker: UpsilonTracker, train: Split, step: int, batch_size: int
+    setup: Setup, tracker: UpsilonTracker, train: Split, step: int, batch_size: int, termination: Termination
 ) -> Generator[Event, None, None]:
-    """A pass over the training set, or a sub-sample, for the tracker; sharded over the processes."""
+    """A pass over the training set, or a sub-sample, for the tracker; sharded over the processes.
+
+    Raises Preempted, on all processes, between two batches.
+    """
     method, world, device = setup.method, setup.world, setup.accelerator.device
     assert isinstance(method, Wasserstein)
     assert isinstance(method.adversary, Budget)
@@ -263,7 +280,14 @@ def _measure_upsilon(
 
     def mine(indices: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         rows = indices[world.rows(len(indices))]
-        return batches(train, [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)], device, 0)
+        most = -(-len(indices) // world.size)  # that a process has: all ask equally often
+        parts = [rows[i : i + batch_size] for i in range(0, most, batch_size)]
+        images = batches(train, [part for part in parts if part], device, 0)
+        for part in parts:
+            if world.any(termination.asked):
+                raise Preempted(_saved(step))
+            if part:
+                yield next(images)
 
     objective, norm = method.adversary.objective, setup.threat.norm
     if tracker.rule == "importance":

@@ -50,9 +50,25 @@ def test_sigterm_saves_the_step_and_says_how_to_go_on(terminated):
     (line,) = [line for line in err.splitlines() if "SIGTERM" in line]
     (saved,) = (folder / "run" / "checkpoints").iterdir()
     assert saved.name == f"step-{steps(folder)[-1]:08d}.pt"
-    assert line.startswith(f"ended by SIGTERM after step {steps(folder)[-1]}, whose state is saved")
+    assert line.startswith(f"ended by SIGTERM; the state after step {steps(folder)[-1]} is saved")
     assert "this continues the run: robustify finetune quickstart" in line
     assert line.endswith("--processes 2")
+
+
+def test_sigterm_ends_a_measurement_at_once(tmp_path):
+    """One that would take hours."""
+    process = start([*ROBUSTIFY, *RUN, "--set", "eval.attacks=[pgd:steps=10000000]", "--processes", "2"], tmp_path)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "run" / "environment.json").exists():  # it is written just before
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 143, err
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if "SIGTERM" in line and "process 1" not in line]
+    assert line.startswith("ended by SIGTERM; nothing is saved yet; this continues the run: robustify finetune quickstart")
 
 
 def test_a_killed_process_ends_the_run_with_its_reason_and_another_number_goes_on(terminated):

@@ -1,0 +1,86 @@
+"""SIGTERM at every place of a training: what is lost is nothing, and what goes on ends bit for bit where it would have ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from helpers import tiny_net, toy_data
+
+from robustify import checkpoints, layers
+from robustify import train as loop
+from robustify.data import from_tensors
+from robustify.distributed import make_accelerator
+from robustify.events import StepEnd
+from robustify.faults import Preempted, sigterm_noted
+from robustify.methods import Wasserstein
+from robustify.pixels import PixelModel
+from robustify.recipe import TrainSettings
+from robustify.step import prepare
+from robustify.threat import ThreatModel
+
+
+def run(folder, resume=None):
+    """Two epochs of three steps, Upsilon measured on 96 images before every second. Returns the weights and the steps made."""
+    model = PixelModel(tiny_net())
+    layers.select(model.net, "full", [])
+    method = Wasserstein(steps=1, adversary={"name": "budget", "upsilon": "every", "every": 2, "images": None})
+    settings = TrainSettings(epochs=2, batch_size=32, lr=0.05, probe_images=32, keep="last")
+    setup = prepare(model, method, ThreatModel.parse("W2-Linf:8/255"), settings, make_accelerator(), "none", 96)
+    data = from_tensors(toy_data(96), toy_data(64, seed=1), toy_data(64, seed=2))
+    made = []
+    with sigterm_noted() as termination:
+        events = loop.train(setup, data, folder, resume=resume, eval_batch=16, termination=termination)
+        loop.follow(events, lambda event: made.append(event.step) if isinstance(event, StepEnd) else None)
+    return {name: value.clone() for name, value in model.state_dict().items()}, made
+
+
+def terminated_in(monkeypatch, name, call):
+    """Have SIGTERM come when the loop calls its function `name` for that time, before it does its work."""
+    real, calls = getattr(loop, name), iter(range(1, 1000))
+
+    def function(*arguments, **more):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(loop, name, function)
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "saved"),
+    [
+        ("_probe", 2, 3),  # after the first epoch, whose steps are not made again
+        ("_probe", 3, 6),
+        ("gradient_norms", 1, 0),  # Upsilon, before the first step
+        ("gradient_norms", 2, 2),  # in mid-epoch
+        ("take_step", 2, 2),
+        ("take_step", 3, 3),  # the last one of an epoch
+        ("_save_best", 2, 3),
+    ],
+)
+def test_nothing_is_lost(tmp_path, monkeypatch, name, call, saved):
+    whole, _ = run(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    folder = tmp_path / "ended"
+    folder.mkdir()
+    with monkeypatch.context() as patch:
+        terminated_in(patch, name, call)
+        with pytest.raises(Preempted, match=f"^ended by SIGTERM; the state after step {saved} is saved$"):
+            run(folder)
+    at = checkpoints.latest(folder / "checkpoints")
+    assert at.name == f"step-{saved:08d}.pt"
+    weights, made = run(folder, at)
+    assert made == list(range(saved + 1, 7))
+    assert all(torch.equal(weights[key], value) for key, value in whole.items())
+    assert [json.loads(line) for line in (folder / "metrics.jsonl").open()] == lines
+
+
+def test_before_the_first_step_nothing_is_saved(tmp_path, monkeypatch):
+    terminated_in(monkeypatch, "_probe", 1)
+    with pytest.raises(Preempted, match="nothing is saved yet"):
+        run(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
