@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,12 @@ def test_synchronised_statistics_make_two_processes_one_with_live_batchnorm(resu
         assert torch.allclose(found["sync"]["weights"][key].double(), weight.double(), rtol=1e-9, atol=1e-11), key
     apart = found["live"]["weights"]["0.weight"] - found["one, live"]["weights"]["0.weight"]
     assert apart.abs().max() > 1e-6  # each process's own statistics are another training
+
+
+def test_a_slow_process_is_named(results):
+    _, found = results
+    (said,) = [note for note in found["slow"]["notes"] if "as long as the others" in note]
+    assert said.startswith(f"process 1 on {socket.gethostname()} takes ")
 
 
 @pytest.mark.parametrize("kind", ["qsgd", "power_sgd"])
