@@ -29,6 +29,8 @@ CASES = {
     "free-at": (FreeAt(replays=2), {}),
     "multi-norm": (MultiNorm(threats=("Linf:0.03", "L2:0.3", "L1:2"), train_on="all", steps=2), {}),
     "awp": (Trades(steps=2), {"awp": 0.01}),
+    "grad_align, sync": (FastAt(grad_align=0.5), {"batchnorm": "sync"}),
+    "gaat exact, sync": (Gaat(gradient="exact"), {"batchnorm": "sync"}),
 }
 
 
@@ -36,7 +38,7 @@ def weights_after(method, settings, accelerator, world) -> tuple[torch.Tensor, d
     net = tiny_net().double()
     net[3].p = 0.0
     model = PixelModel(net)
-    s = TrainSettings(batch_size=24, lr=0.05, batchnorm="frozen", **settings)
+    s = TrainSettings(**{"batch_size": 24, "lr": 0.05, "batchnorm": "frozen", **settings})
     layers.select(net, "full", [])
     setup = prepare(model, method, ThreatModel.parse("Linf:8/255"), s, accelerator, "crop-flip", 96)
     set_train_mode(setup)
