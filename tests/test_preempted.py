@@ -1,4 +1,4 @@
-"""SIGTERM at every place of a training: what is lost is nothing, and what goes on ends bit for bit where it would have ended."""
+"""SIGTERM at every place of a training: nothing is lost, and what goes on ends bit for bit where it would have ended."""
 
 from __future__ import annotations
 
