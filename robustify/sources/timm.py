@@ -103,7 +103,7 @@ def load_hub(repo: str, options: Options) -> Checkpoint:
 def _cfg(name: str) -> dict[str, Any]:
     """Return timm's description of NAME or NAME.TAG. Raises UserError."""
     import timm
-    from timm.models import get_pretrained_cfg
+    from timm.models import PretrainedCfg, get_pretrained_cfg
 
     if not exists(name):
         raise UserError(f"timm {timm.__version__} has no model {name!r}.{nearest(name, names())}",
@@ -112,6 +112,8 @@ def _cfg(name: str) -> dict[str, Any]:
     cfg = None
     if not tag or name in timm.list_models(f"{arch}.*", include_tags=True):
         cfg = get_pretrained_cfg(name)
+    if cfg is None and not tag:  # an architecture that nobody has described: timm's defaults
+        cfg = PretrainedCfg()
     if cfg is None:
         known = timm.list_pretrained(f"{arch}.*")
         message = f"timm {timm.__version__} has no weights {tag!r} for {arch}"
