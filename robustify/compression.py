@@ -46,10 +46,11 @@ class Quantised:
 def quantise(values: Tensor, uniform: Tensor) -> Quantised:
     """Quantise buckets, [B, 512], without bias; uniform: U[0,1) of their shape. A bucket that is not finite stays so."""
     norms = values.norm(dim=1)
-    levels = LEVELS * values.abs() / norms[:, None].clamp_min(torch.finfo(norms.dtype).tiny)
-    floor = levels.floor()
-    codes = values.sign() * (floor + (uniform < levels - floor)).clamp_max(LEVELS)
-    return Quantised(codes.nan_to_num().to(torch.int8), norms.float())
+    # in place, for on a CPU fresh memory costs more than the arithmetic
+    levels = values.abs().mul_(LEVELS).div_(norms[:, None].clamp_min(torch.finfo(norms.dtype).tiny))
+    # floor(a + U) is floor(a) + Bernoulli(the fraction of a)
+    codes = levels.add_(uniform).floor_().clamp_max_(LEVELS).copysign_(values)
+    return Quantised(codes.nan_to_num_().to(torch.int8), norms.float())
 
 
 @dataclass
@@ -84,6 +85,8 @@ class GradientHook:
         if self.power_sgd is not None:
             before = self.power_sgd.total_numel_after_compression
             future = powerSGD_hook.powerSGD_hook(self.power_sgd, bucket)
+            if not flat.is_cuda:  # its callbacks exchange from gloo's threads, where another bucket's would come between
+                future.wait()
             packed = self.power_sgd.total_numel_after_compression - before
             self.sent += packed * flat.element_size() if packed else flat.nbytes
             return future

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import tiny_net
 
-from robustify.compression import LEVELS, compression_note, quantise
+from robustify import compression
+from robustify.compression import LEVELS, GradientHook, compression_note, quantise
 from robustify.recipe import TrainSettings
 
 
@@ -66,3 +70,15 @@ def test_layerwise_optimisers_clip_the_trust_ratio_and_leave_clipping_to_clip_no
     setup.optimizer.step()
     moved = (weight.detach() - before).norm()
     assert 0 < moved < 0.1 * before.norm()  # the rate times at most the weight's own norm, whatever the gradient's
+
+
+def test_without_streams_one_bucket_is_exchanged_after_the_other(monkeypatch):
+    """torch's power_sgd exchanges from callbacks, which gloo runs on threads: two buckets under way mix up their messages."""
+    slow = torch.futures.Future()
+    monkeypatch.setattr(compression.powerSGD_hook, "powerSGD_hook", lambda state, bucket: slow)
+    hook = GradientHook("power_sgd", 0, False, SimpleNamespace(total_numel_after_compression=0))
+    done = threading.Timer(0.2, slow.set_result, [torch.ones(8)])
+    done.start()
+    future = hook.average(None, SimpleNamespace(buffer=lambda: torch.zeros(8), index=lambda: 0))
+    assert future.done()
+    assert torch.equal(future.value(), torch.ones(8))
