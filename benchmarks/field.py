@@ -38,6 +38,7 @@ from robustify.distributed import make_accelerator
 from robustify.evaluation import evaluate
 from robustify.events import Collapsed, EpochEnd, Event
 from robustify.methods import FastAt, FreeAt, Gaat, Mart, MultiNorm, PgdAt, Standard, Trades
+from robustify.order import Pool
 from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
 from robustify.report import wilson
@@ -203,14 +204,16 @@ def load_data(name: str, cifar: Path | None, images: int) -> Data:
 
 
 def fit(
-    model: PixelModel, data: Data, method: Any, threat: str, folder: Path, tell: Callable[[Event], None], **settings: Any
-) -> Any:
-    """Train the model in place by robustify's loop, from the weights it has. Returns the Outcome."""
+    model: PixelModel, data: Data, method: Any, threat: str, folder: Path, tell: Callable[[Event], None],
+    pool: Pool | None = None, **settings: Any,
+) -> Any:  # fmt: skip
+    """Train the model in place by robustify's loop, from the weights it has, with unlabelled images beside the data where there
+    is a pool. Returns the Outcome."""
     s = TrainSettings(**settings)
     layers.select(model.net, "full", [])
     accelerator = make_accelerator(s.precision)
     setup = prepare(model, method, ThreatModel.parse(threat), s, accelerator, data.augmentation, len(data.train))
-    outcome = follow(train(setup, data, folder), tell)
+    outcome = follow(train(setup, data, folder, pool=pool), tell)
     model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
     return outcome
 
