@@ -1,6 +1,7 @@
-"""Several processes against one: throughput, exactness, bytes on the wire, and step_time.py's formulas against what is measured.
+"""Several processes against one: throughput, exactness, bytes on the wire; step_time.py's formulas against what is measured.
 
-    OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/scaling.py -o scaling
+    export OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true
+    python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/scaling.py -o scaling
     python -m torch.distributed.run --standalone --nproc-per-node 8 benchmarks/scaling.py --batch 2048 -o scaling
 
 One set of processes takes turns, round after round, so that a drift of the machine's speed meets all alike:
@@ -32,7 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from field import read
-from step_time import Link, all_reduce, buckets, step_seconds
+from step_time import buckets, step_seconds
 from torch import Tensor
 
 from robustify import layers, sources
@@ -58,7 +59,12 @@ def make_setup(model: PixelModel, given: argparse.Namespace, batch: int, **setti
     s = TrainSettings(batch_size=batch, lr=1e-3, **settings)
     setup = prepare(model, method, threat, s, make_accelerator(s.precision), "crop-flip", batch)
     setup.hook = attach(
-        setup.forward, s.compress, torch.rand(2, *given.size, device=setup.world.device), seed=0, error_feedback=False, rank=2
+        setup.forward,
+        s.compress,
+        torch.rand(2, *given.size, device=setup.world.device),
+        seed=0,
+        error_feedback=False,
+        rank=2,
     )
     if setup.hook is not None and setup.hook.power_sgd is not None:
         setup.hook.power_sgd.iter = 10  # past its plain steps
@@ -145,7 +151,7 @@ def link(world: World, repeats: int = 7) -> list[dict[str, Any]]:
 
 
 def own(model: PixelModel, world: World, repeats: int = 5) -> dict[str, Any]:
-    """Median seconds that each hook computes for the model's gradients, all processes at once. `none`: what DDP itself copies."""
+    """Median seconds that each hook computes for the model's gradients, on all processes at once. none: what DDP copies."""
     device = world.device
     flat = torch.randn(gradient_bytes(model) // 4, device=device)
     other, mean = torch.empty_like(flat), flat[: len(flat) // world.size // BUCKET * BUCKET].view(-1, BUCKET)
@@ -222,12 +228,17 @@ def rounds(model: PixelModel, given: argparse.Namespace, world: World) -> Iterat
             before = on_wire()
             seconds[hook] = timed(world, step(setup, mine))
             after = on_wire()
-            wire[hook] = None if before is None or after is None or world.device.type != "cpu" else (after - before) / world.size
-            payload[hook] = setup.hook.payload() if isinstance(setup.hook, GradientHook) else float(gradient_bytes(model))
+            wire[hook] = (
+                None if before is None or after is None or world.device.type != "cpu" else (after - before) / world.size
+            )
+            payload[hook] = (
+                setup.hook.payload() if isinstance(setup.hook, GradientHook) else float(gradient_bytes(model))
+            )
         if turn:
             yield {"part": "round", "processes": world.size, "model": given.model, "method": given.method, "batch": batch,
                    "precision": given.precision, "gradient_bytes": gradient_bytes(model), "threads": cores,
-                   "seconds": seconds, "wire": wire, "payload": payload, "environment": environment(str(world.device))}  # fmt: skip
+                   "seconds": seconds, "wire": wire, "payload": payload,
+                   "environment": environment(str(world.device))}  # fmt: skip
 
 
 def fitted(row: dict[str, Any]) -> tuple[float, float]:
@@ -258,8 +269,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         if row["part"] == "exact":
-            lines.append("{method}, {steps} steps, {processes} processes against one: weights differ by {float64:.1e} of the largest "
-                         "in fp64, {float32:.1e} in fp32".format(**row))  # fmt: skip
+            said = "{method}, {steps} steps, {processes} processes against one: weights differ by {float64:.1e} of the largest"
+            lines.append((said + " in fp64, {float32:.1e} in fp32").format(**row))
     links = {row["collective"]: fitted(row) for row in rows if row["part"] == "link"}
     for name, (call, byte) in links.items():
         lines.append(f"{name}: {1e6 * call:.0f} us a call, {1e-9 / byte:.2f} GB/s")
@@ -277,7 +288,9 @@ def tables(rows: list[dict[str, Any]]) -> str:
         return f"{statistics.median(found):.3f} ({found[0]:.3f} to {found[-1]:.3f})"
 
     apart = statistics.median(row["seconds"]["apart"] for row in done)
-    lines.append(f"{n} processes, {done[0]['model']}, {done[0]['method']}, batch {done[0]['batch']}, {len(done)} rounds\n")
+    lines.append(
+        f"{n} processes, {done[0]['model']}, {done[0]['method']}, batch {done[0]['batch']}, {len(done)} rounds\n"
+    )
     heads = ["layout", "seconds a step", "against apart", "against one process with all cores", "against one core, per core",
              "payload, bytes", "on the wire, bytes a process", "predicted s", "error"]  # fmt: skip
     lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
@@ -300,7 +313,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="robustbench_cifar10_linf_sehwag2021proxy_r18", help="random weights: times do not care")
+    parser.add_argument("--model", default="robustbench_cifar10_linf_sehwag2021proxy_r18", help="with random weights")
     parser.add_argument("--method", choices=METHODS, default="fast-at")
     parser.add_argument("--batch", type=int, default=64, help="images a step, over all processes")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no")

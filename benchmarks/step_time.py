@@ -4,9 +4,9 @@
 
     step = compute + own + max(last, exchange - hidden)
 
-compute: attack, passes and optimiser of one process's images. own: what compression computes. exchange: of the gradients; `hidden`
-of it runs while the backward pass still does, but never the last bucket's. scaling.py checks the formulas with what it measures;
-the figures below are assumptions (docs/scaling.md says whose), so what this prints is a projection and not a result.
+compute: attack, passes and optimiser of one process's images. own: what compression computes. exchange: of the gradients;
+`hidden` of it runs while the backward pass still does, but never the last bucket's. scaling.py checks the formulas with what it
+measures; the figures below are assumptions (docs/scaling.md says whose), so what this prints is a projection and not a result.
 """
 
 from __future__ import annotations
@@ -71,8 +71,14 @@ NETWORKS = {
     "8 x 200 Gb/s": Link(15e-6, 8 * 25e9, MACHINE),
     "100 Gb/s": Link(30e-6, 12.5e9, MACHINE),
     "25 Gb/s": Link(50e-6, 3.1e9, MACHINE),
+    "25 Gb/s, one GPU a machine": Link(50e-6, 3.1e9),
 }
-METHODS = {"standard": Standard(), "fast-at": FastAt(), "trades, K = 10": Trades(), "wasserstein, K = 10": Wasserstein()}
+METHODS = {
+    "standard": Standard(),
+    "fast-at": FastAt(),
+    "trades, K = 10": Trades(),
+    "wasserstein, K = 10": Wasserstein(),
+}
 
 
 def projected(method: str, hook: str, n: int, link: Link) -> float:
@@ -90,7 +96,9 @@ def main() -> None:
     heads = ["GPUs", "between machines", "method", "images/s, none", *(f"efficiency, {hook}" for hook in OWN_BYTES)]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for n in (8, 64, 512):
-        for name, link in NETWORKS.items() if n > MACHINE else [("-", NVLINK)]:
+        for name, link in (
+            NETWORKS.items() if n > MACHINE else [("in one machine", NVLINK), *list(NETWORKS.items())[-1:]]
+        ):
             for method in METHODS:
                 alone = METHODS[method].passes(BIN, BW) * FORWARD * IMAGES
                 seconds = [projected(method, hook, n, link) for hook in OWN_BYTES]

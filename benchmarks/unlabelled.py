@@ -4,8 +4,8 @@
 
 A seed draws the weights of the digits network, trains it on the labels by `standard`, and from there by each method: on the
 labels alone, with half of every batch unlabelled (as pseudo-labels of the network so far, or in the consistency term alone),
-and, as what all labels would give, with the labels of all images. Every line takes as many steps of as many images; the last
-weights count, so nothing is chosen on held-out images. A finished run is a line of OUT.jsonl and is not run again; --tables
+and, as what all labels would give, with the labels of all images. Every line takes as many steps of as many images; the
+epoch is chosen on held-out labels, the same for all lines. A finished run is a line of OUT.jsonl and is not run again; --tables
 prints what is there.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from field import NETWORKS, fit, read
+from field import fit, read
 from large_batch import difference, held
 
 from robustify import data as datasets
@@ -48,8 +48,8 @@ ATTACKS = {"trades": ("apgd-ce:steps=20", "apgd-t:steps=20,targets=3"), "wassers
 def settings(labelled: int, images: int, steps: int, seed: int) -> dict[str, Any]:
     """As many epochs over so many images, `labelled` of them a step, as come nearest to the steps asked for."""
     epochs = max(1, round(steps / (images // labelled)))
-    rest = {"init": "reinit", "keep": "last", "probe_images": 16, "collapse_drop": 1.0}
-    return {**NETWORKS["digits"].train, **rest, "batch_size": BATCH, "epochs": epochs, "seed": seed}
+    rest = {"init": "reinit", "lr": 0.03, "schedule": "cosine", "probe_images": 100}
+    return {**rest, "batch_size": BATCH, "epochs": epochs, "seed": seed}
 
 
 def start(data: Data, seed: int, steps: int) -> PixelModel:
@@ -60,7 +60,8 @@ def start(data: Data, seed: int, steps: int) -> PixelModel:
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     with tempfile.TemporaryDirectory() as folder:
-        fit(model, data, Standard(), "Linf:0.1", Path(folder), lambda event: None, **settings(BATCH, len(data.train), steps, seed))
+        settled = settings(BATCH, len(data.train), steps, seed)
+        fit(model, data, Standard(), "Linf:0.1", Path(folder), lambda event: None, **settled)
     return model
 
 
@@ -69,10 +70,15 @@ def run(name: str, way: str, model: PixelModel, data: Data, seed: int, given: ar
     method, pool = METHODS[name](steps=5), None
     assert data.rest is not None
     if way == "all labels":
-        images, labels = torch.cat([data.train.images, data.rest.images]), torch.cat([data.train.labels, data.rest.labels])
+        images, labels = (
+            torch.cat([data.train.images, data.rest.images]),
+            torch.cat([data.train.labels, data.rest.labels]),
+        )
         data = replace(data, train=replace(data.train, images=images, labels=labels))
     elif way != "labels alone":
-        recipe = build({"model": "-", "data": {"name": data.name, "unlabelled": "rest", "unlabelled_as": way}, "method": name})
+        recipe = build(
+            {"model": "-", "data": {"name": data.name, "unlabelled": "rest", "unlabelled_as": way}, "method": name}
+        )
         found = read_pool(recipe, data)
         if way == "pseudo":
             found = pseudo_labelled(recipe, model, found, 10, World(), torch.device("cpu"), lambda event: None)
@@ -105,7 +111,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             robust, n = [row["robust"] for row in mine], mine[0]["n"]
             low, high = (100 * share for share in wilson(statistics.mean(robust) * n, n))
             base = groups["labels alone"]
-            gain = "" if mine is base or not base else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * d for d in difference(base, mine)))
+            points = [100 * share for share in difference(base, mine)] if base else []
+            gain = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*points) if points and mine is not base else ""
             lines.append(
                 f"| {name} | {mine[0]['threat']} | {way} | {mine[0]['steps']} | {len(mine)} | "
                 f"{100 * statistics.mean(row['clean'] for row in mine):.1f} | {100 * statistics.mean(robust):.1f} | "
@@ -117,8 +124,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="*", choices=THREATS, default=list(THREATS))
-    parser.add_argument("--labels", type=int, default=200, help="a tenth of them held out")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--labels", type=int, default=400, help="half of them held out, to choose the epoch")
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--n", type=int, default=450, help="test images")
     parser.add_argument("--tables", action="store_true", help="print the table of what is there, run nothing")
@@ -126,10 +134,10 @@ def main() -> None:
     given = parser.parse_args()
     path = given.out.with_suffix(".jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = None if given.tables else datasets.load("digits", limit=given.labels)
+    data = None if given.tables else datasets.load("digits", limit=given.labels, val_fraction=0.5)
     for seed in range(given.seeds) if data is not None else ():
         done = {(row["label"], row["way"]) for row in read(path) if row["seed"] == seed}
-        todo = [(name, way) for name in given.methods for way in WAYS if (name, way) not in done]
+        todo = [(name, way) for name in given.methods for way in given.ways if (name, way) not in done]
         model = start(data, seed, given.steps) if todo else None
         for name, way in todo:
             assert model is not None
