@@ -31,3 +31,7 @@ entry 6 r18-wasserstein-last robustify finetune cifar10-wasserstein-last --model
 entry 7 compare bash -c "for run in r18-w-full r18-t-full r18-w-last; do robustify evaluate $out/\$run --data $data --n 2000 --attack apgd-ce --attack apgd-t --threat Linf:8/255 --force -o $out/\$run-linf.json; robustify evaluate $out/\$run --data $data --n 2000 --attack knapsack --threat W2-Linf:4/255 --force -o $out/\$run-w2.json; done"
 entry 8 step-cost-wrn python benchmarks/step_cost.py --model "$wrn" --random --data "$data" --batch 256 --compile --out "$out/step_cost_wrn.json"
 entry 9 step-cost-cosine python benchmarks/step_cost.py --model "$out/r18-trades" --data "$data" --batch 512 --out "$out/step_cost_trained.json"
+# several GPUs: times, exactness and bytes of every hook; on one GPU it would compare it with itself
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+[ "$gpus" -gt 1 ] && entry 10 scaling python -m torch.distributed.run --standalone --nproc-per-node "$gpus" benchmarks/scaling.py \
+  --model "$r18" --batch $((256 * gpus)) --precision bf16 --rounds 10 -o "$out/scaling"
