@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from robustify import data as datasets
 from robustify import files, layers
-from robustify.blend import Weights, between, choose, curve
+from robustify.blend import Weights, between, choose, curve, in_words
 from robustify.card_figures import Gallery, draw
 from robustify.data import Data
 from robustify.distributed import World, busy_cores, main_first, make_accelerator
@@ -197,7 +197,7 @@ def _run(
     tell(Planned(planned(recipe, checkpoint, data)))
     before = world.on_main(lambda: _begin(folder, recipe, command, resume, data))
     if before is None:
-        before = _measure(recipe, checkpoint, model, data, world, "before", tell)
+        before = measure_test(recipe, checkpoint, model, data, world, "before", tell)
         if world.is_main:
             before.save(folder / "before.json")
     tell(Measured("before", before))
@@ -229,7 +229,7 @@ def _run(
         else:
             tell(Note("the start's weights are kept, so max_clean_drop has nothing to go back from", "warning"))
 
-    after = _measure(recipe, checkpoint, model, data, world, "after", tell)
+    after = measure_test(recipe, checkpoint, model, data, world, "after", tell)
     tell(Measured("after", after))
     # what was said when it happened, for the report and the card
     if went_back:
@@ -282,10 +282,7 @@ def _go_back(
     model.net.load_state_dict(between(start, end, chosen.alpha))
     if world.is_main:
         files.write_json(folder / "blend.json", {"n": n, "points": [asdict(point) for point in points], **asdict(chosen)})
-    said = (
-        f"the weights lie {chosen.alpha:g} of the way from the loaded to the trained ones: of {len(points)} points the most "
-        f"robust on {n} held-out images whose clean accuracy is at most {recipe.train.max_clean_drop:g} points lower"
-    )
+    said = in_words(chosen, len(points), n, "the loaded", "the trained ones", recipe.train.max_clean_drop)
     tell(Note(said))
     return said
 
@@ -296,22 +293,23 @@ def _begin(folder: Path, recipe: Recipe, command: str, resume: Path | None, data
     if resume is None or not (folder / "before.json").exists():
         return None
     before = Report.load(folder / "before.json")
-    if before.data != _named(data):
+    if before.data != named(data):
         raise UserError(
-            f"the run in {folder} began on the data {before.data}, this is {_named(data)}",
+            f"the run in {folder} began on the data {before.data}, this is {named(data)}",
             "start anew with --force (force=True in Python)",
         )
     return before
 
 
-def _named(data: Data) -> str:
+def named(data: Data) -> str:
+    """The data as reports name it."""
     return f"{data.name} ({data.digest})"
 
 
-def _measure(
+def measure_test(
     recipe: Recipe, checkpoint: Checkpoint, model: PixelModel, data: Data, world: World, when: str, tell: Listener
 ) -> Report:
-    """Evaluate on the test set, in full precision."""
+    """Evaluate on the test set as the recipe says, in full precision. when: before or after."""
     e = recipe.eval
     return evaluate(
         model,
@@ -324,7 +322,7 @@ def _measure(
         world=world,
         tell=lambda stage, done, total: tell(Progress(f"{when}: {stage}", done, total)),
         model_id=checkpoint.base_id if when == "before" else f"{checkpoint.base_id} + {recipe.method.name}",
-        data_name=_named(data),
+        data_name=named(data),
         split_name=data.test_name,
         check=True,
     )

@@ -95,7 +95,7 @@ LAYERS = [
     {"step", "checkpoints", "train", "evaluation", "measure", "pointwise", "distributional", "recheck"},
     {"inputs", "runs", "memory", "plan", "blend"},
     {"pipeline"},
-    {"api", "console"},
+    {"api", "blended", "console"},
     {"cli", "", "__main__"},
 ]
 

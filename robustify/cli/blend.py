@@ -16,6 +16,7 @@ from robustify.errors import UserError
 
 
 def run(
+    context: typer.Context,
     start: Annotated[str, typer.Argument(metavar="A", help="Where the line begins: the network as it was loaded.")],
     end: Annotated[
         str, typer.Argument(metavar="B", help="Where it ends: a run's folder, or a model of the same kind.")
@@ -45,8 +46,8 @@ def run(
 ) -> None:
     """Measure the networks on the line between two, choose one and export it.
 
-    Accuracies are those of held-out images, on which the choice is made: measure what you publish on the test images
-    (`robustify evaluate`).
+    The choice is made on held-out images. Where B is a run's folder, what is exported is measured on its test images with
+    its attacks, and gets a card.
 
     \b
     robustify blend Zhang2019 runs/Zhang2019-wasserstein --max-clean-drop 2 -o zhang-robust
@@ -55,8 +56,9 @@ def run(
         import numpy as np
         import torch
 
-        from robustify import api, files, plots
-        from robustify.blend import between, choose, curve, quick
+        from robustify import api, files, model_folder, plots
+        from robustify.blend import between, choose, curve, in_words, quick
+        from robustify.blended import export_blended
         from robustify.events import Progress
         from robustify.methods import withstood
         from robustify.threat import ThreatModel
@@ -89,13 +91,20 @@ def run(
         )
         chosen = choose(measured, max_clean_drop)
         model.net.load_state_dict(between(a, b, chosen.alpha))
+        if output is not None and recipe is not None and (place := model_folder.find(end)):
+            said = in_words(chosen, points, count or len(found.val), start, end, max_clean_drop)
+            command = options.command(options.typed(context))
+            export_blended(
+                checkpoint, first.model, place, recipe, found, said, command, output, force=force, listener=watch
+            )
+        elif output is not None:
+            api.export(checkpoint, output, force=force)
+            console.note(f"no card: {end} is not a run's folder, so no recipe says how it was made")
     if figure is not None:
         plots.trade_off(
             figure, {f"{start} to {end}": np.array([[p.alpha, p.clean, p.robust] for p in measured])}, given
         )
         console.note(f"figure: {figure}")
-    if output is not None:
-        api.export(checkpoint, output, force=force)
     following = f"robustify evaluate {shlex.quote(str(output))}" if output else None
     if as_json:
         facts = {"start": start, "end": end, "data": found.name, "split": "val", "n": count or len(found.val)}

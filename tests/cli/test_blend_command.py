@@ -7,6 +7,10 @@ import json
 import pytest
 from safetensors.torch import load_file
 
+from robustify import load
+from robustify.evaluation import model_digest
+from robustify.report import load_pair
+
 
 def test_blend_measures_the_line_and_exports_the_choice(robustify, finished, tmp_path):
     folder, _ = finished
@@ -19,9 +23,26 @@ def test_blend_measures_the_line_and_exports_the_choice(robustify, finished, tmp
     assert found["split"] == "val"
     assert (tmp_path / "blended" / "model.safetensors").is_file()
     assert found["next"] == "robustify evaluate blended"
+    card = (tmp_path / "blended" / "README.md").read_text()
+    alpha = found["chosen"]["alpha"]
+    assert f"the weights lie {alpha:g} of the way from digits to {folder}: of 3 points the most robust on 30 held-out" in card
+    assert f"robustify blend digits {folder} --points 3" in card
+    before, after = load_pair(tmp_path / "blended" / "report.json")
+    assert (before.split, before.rows[0].n) == ("test", 64)
+    assert before.rows[0].accuracy > 0.9  # of the start, not of the random weights that the run began with
+    assert after.facts["model"] == model_digest(load(tmp_path / "blended").model)
+    recipe = (tmp_path / "blended" / "recipe.yaml").read_text()
+    assert recipe.endswith((folder / "recipe.yaml").read_text())
     if found["chosen"]["alpha"] == 1.0:
         a, b = (load_file(path / "model.safetensors") for path in (tmp_path / "blended", folder / "model"))
         assert all((a[name] == b[name]).all() for name in b)
+
+
+def test_a_line_that_ends_at_no_run_gets_no_card(robustify, tmp_path):
+    ran = robustify("blend", "digits", "digits", "--points", "2", "--n", "10", "-o", "blended")
+    assert ran.code == 0, ran.err
+    assert "no card: digits is not a run's folder" in ran.err
+    assert not (tmp_path / "blended" / "README.md").exists()
 
 
 def test_blend_refuses_another_network(robustify, finished):
