@@ -18,6 +18,7 @@ from typing import Any
 from robustify.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_TEMPORARY = ".tmp"
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -108,7 +109,7 @@ def staged_folder(
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -191,7 +192,7 @@ def _full_disk_explained(path: Path, needed: int | None) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        folder = next(p for p in path.parents if p.exists())
+        folder = next(p for p in path.parents if p.exists() and p.suffix != _TEMPORARY)
         free = shutil.disk_usage(folder).free
         wanted = "" if needed is None else f"{needed:,} bytes are needed, "
         message = f"the disk of {folder} is full: {wanted}{free:,} are free"

@@ -101,7 +101,7 @@ def _read_torch(path: Path, allow_pickle: bool) -> Any:
             warnings.simplefilter("ignore")  # about old formats
             return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
-        if "Unsupported" not in str(error) or allow_pickle:
+        if "unsupported" not in str(error).lower() or allow_pickle:
             raise _broken(path, error) from None
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         names = f" ({wanted[1]})" if wanted else ""

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
 from pathlib import Path
 
@@ -84,6 +85,18 @@ def test_truncated(tmp_path, save, kept):
     path.write_bytes(data[:int(len(data) * kept)])
     with pytest.raises(UserError, match="truncated or damaged"):
         weights.read(path)
+
+
+def test_a_function_that_torch_blocks_by_name_is_code_too(tmp_path):
+    class Shell:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    torch.save({"state_dict": small().state_dict(), "args": Shell()}, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"holds more than tensors \(\w+\.system\)") as error:
+        weights.read(tmp_path / "model.pt")
+    assert "--allow-pickle" in error.value.hint
+    assert not (tmp_path / "ran").exists()
 
 
 def test_code_is_not_run(tmp_path):
