@@ -9,7 +9,7 @@ import typer
 from typer import Option
 
 from robustify import console
-from robustify.cli import options
+from robustify.cli import ends, options
 from robustify.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ def run(
     with console.status("loading torch"):
         from robustify import api, curves, pieces, plots
         from robustify.distributed import World, make_accelerator
+        from robustify.evaluation import model_digest
+        from robustify.faults import peers_watched, same_everywhere, sigterm_noted
         from robustify.launch import Layout, launched, relaunch
         from robustify.memory import batches_explained
         from robustify.report import Report
@@ -83,43 +85,48 @@ def run(
         plots.check(figure)
     against = [ThreatModel.parse(threat) for threat in threats or ()]
     arguments = options.typed(context)
+
+    def goes_on() -> str:
+        if output is None or not _unfinished(output).exists():
+            return ""
+        again = options.command([*arguments, *([] if resume else ["--resume"])])
+        return f"this continues the evaluation: {again}"
+
     if processes > 1 and not launched():
-        raise typer.Exit(relaunch(Layout(processes), arguments))
+        with ends.explained("finished batches are kept", goes_on):
+            raise typer.Exit(relaunch(Layout(processes), arguments))
     accelerator = make_accelerator()
     world = World(accelerator)
     partial = world.on_main(lambda: _partial(output, resume, force, keep))
     ended = output is not None and output.exists() and not force and not (partial and partial.exists())
     recipe = recipe_of(source)
-    try:
-        with batches_explained(batch_size), console.Watch() as watch:
-            checkpoint, found = load(source, data, recipe, models_dir, allow_pickle, seed, watch)
-            checkpoint.model.to(accelerator.device)
-            other = surrogate and api.load(surrogate, models_dir=models_dir, allow_pickle=allow_pickle)
-            report = api.evaluate(
-                checkpoint,
-                found.to(accelerator.device),
-                attacks=attacks,
-                threat=against or [recipe.threat if recipe else api.DEFAULT_RADIUS],
-                n=options.count(n, len(api.split_named(found, split or "test"))),
-                split=split or "test",
-                batch_size=batch_size,
-                seed=seed or 0,
-                model_id=Path(source).resolve().name if Path(source).is_dir() else None,
-                check=not no_checks,
-                fast_search=fast_search,
-                resume_folder=partial,
-                keep_adversarials=keep,
-                finished=Report.load(output) if ended and output else None,
-                surrogate=other or None,
-                world=world,
-                listener=watch,
-            )
-    except KeyboardInterrupt:
-        if partial is None or not partial.exists():
-            raise
-        again = options.command([*arguments, *([] if resume else ["--resume"])])
-        console.note(f"interrupted; this continues the evaluation: {again}")
-        raise typer.Exit(130) from None
+    stopped = ends.explained("finished batches are kept", goes_on)
+    with stopped, peers_watched(world), sigterm_noted() as ending, batches_explained(batch_size), console.Watch() as watch:
+        ending.saved = "finished batches are kept" if partial else "nothing is kept without -o FILE"
+        checkpoint, found = load(source, data, recipe, models_dir, allow_pickle, seed, watch)
+        checkpoint.model.to(accelerator.device)
+        if world.size > 1:
+            same_everywhere(world, {"weights": model_digest(checkpoint.model), "data": found.digest})
+        other = surrogate and api.load(surrogate, models_dir=models_dir, allow_pickle=allow_pickle)
+        report = api.evaluate(
+            checkpoint,
+            found.to(accelerator.device),
+            attacks=attacks,
+            threat=against or [recipe.threat if recipe else api.DEFAULT_RADIUS],
+            n=options.count(n, len(api.split_named(found, split or "test"))),
+            split=split or "test",
+            batch_size=batch_size,
+            seed=seed or 0,
+            model_id=Path(source).resolve().name if Path(source).is_dir() else None,
+            check=not no_checks,
+            fast_search=fast_search,
+            resume_folder=partial,
+            keep_adversarials=keep,
+            finished=Report.load(output) if ended and output else None,
+            surrogate=other or None,
+            world=world,
+            listener=watch,
+        )
     for note in report.notes:
         console.note(note)
     if ended:
@@ -201,6 +208,10 @@ def recipe_of(source: str) -> Recipe | None:
     return None
 
 
+def _unfinished(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")
+
+
 def _partial(output: Path | None, resume: bool, force: bool, keep: bool) -> Path | None:
     """Return the folder of the finished batches, checked; None without a report to write. Raises UserError."""
     if output is not None and output.suffix != ".json" and not output.is_dir():  # its verdicts lie beside it, in .npz
@@ -214,7 +225,7 @@ def _partial(output: Path | None, resume: bool, force: bool, keep: bool) -> Path
         raise UserError(f"the report {output} is a folder", f"name a file: -o {output / 'report.json'}")
     if output.exists() and not (resume or force):
         raise UserError(f"there is a report {output}", "--force replaces it, -o names another")
-    folder = output.with_name(f"{output.name}.partial")
+    folder = _unfinished(output)
     if folder.exists() and not resume:
         raise UserError(f"{folder} holds an unfinished evaluation", "--resume continues it, or remove it")
     return folder

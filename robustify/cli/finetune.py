@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,13 +11,15 @@ import typer
 from typer import Option
 
 from robustify import console
-from robustify.cli import evaluate, options
+from robustify.cli import ends, evaluate, options
 from robustify.errors import UserError
 from robustify.intervals import percent
 
 if TYPE_CHECKING:
     from robustify.report import Report
     from robustify.resolve import Resolved
+
+CHECKPOINT = "the last checkpoint is whole"
 
 
 def run(
@@ -122,30 +122,15 @@ def run(
     again = options.continues(a for a in kept if a != "--force")
     if (processes > 1 or accelerate_config) and not launched():
         layout = read_config(accelerate_config) if accelerate_config else Layout(processes)
-        with _ends_explained(again):
+        with ends.explained(CHECKPOINT, lambda: again):
             raise typer.Exit(relaunch(layout, arguments))
     folder = output or Path("runs") / default_name(resolved.recipe.model.source, resolved.recipe.method.name)
     command = options.command(arguments)
     if resolved.note:
         console.note(resolved.note)
-    with _ends_explained(again), console.Watch() as watch:
+    with ends.explained(CHECKPOINT, lambda: again), console.Watch() as watch:
         result = pipeline.finetune(resolved.recipe, folder, resume=resume, force=force, command=command, listener=watch)
     _show_result(*result.report, result.folder or folder, as_json)
-
-
-@contextmanager
-def _ends_explained(again: str) -> Iterator[None]:
-    """Say how a run goes on that was ended from outside."""
-    from robustify.faults import PEER_LOST, PREEMPTED, PeerLost, Preempted
-
-    try:
-        yield
-    except (KeyboardInterrupt, Preempted) as ended:
-        console.note(f"{str(ended) or 'interrupted'}; {again}")
-        raise typer.Exit(PREEMPTED if isinstance(ended, Preempted) else 130) from None
-    except PeerLost as lost:
-        console.mistake(lost.message, f"the last checkpoint is whole; {again}")
-        raise typer.Exit(PEER_LOST) from None
 
 
 def default_name(source: str, method: str) -> str:

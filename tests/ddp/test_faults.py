@@ -91,6 +91,29 @@ def test_a_killed_process_ends_the_run_with_its_reason_and_another_number_goes_o
     assert "model: run/model" in out
 
 
+@pytest.mark.parametrize(
+    ("processes", "code", "said"),
+    [
+        (1, 143, "ended by SIGTERM; finished batches are kept"),
+        (2, 3, "was ended by SIGKILL, perhaps for want of memory"),
+    ],
+)
+def test_an_evaluation_that_was_ended_says_how_it_goes_on(tmp_path, processes, code, said):
+    evaluation = ["evaluate", "digits", "--attack", "pgd:steps=10000000", "-o", "report.json", "--processes", str(processes)]
+    process = start([*ROBUSTIFY, *evaluation], tmp_path)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "report.json.partial").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM) if processes == 1 else kill_a_worker(process)
+    found, out, err = finish(process)
+    assert (found, out) == (code, ""), err
+    assert "Traceback" not in err
+    assert said in err
+    assert f"this continues the evaluation: robustify {' '.join(evaluation)} --resume\n" in err
+
+
 def test_torchrun_restarts_a_run_that_lost_a_process(tmp_path):
     process = start([*TORCHRUN, "-m", "robustify", *RUN, "--force"], tmp_path)
     trained_for(process, tmp_path, 2)
