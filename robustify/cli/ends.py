@@ -14,7 +14,7 @@ from robustify import console
 def explained(saved: str, goes_on: Callable[[], str]) -> Iterator[None]:
     """Turn an interruption, SIGTERM and a lost process into a line and the exit code of each.
 
-    saved: what a lost process cannot have spoilt. goes_on: returns the sentence with the command to type, "" where there is none.
+    saved: what a lost process cannot have spoilt. goes_on: the sentence with the command to type, "" without one.
     """
     from robustify.faults import PEER_LOST, PREEMPTED, PeerLost, Preempted
 
