@@ -64,6 +64,8 @@ def resume(setup: Setup, more: dict[str, Part], checkpoint: Path) -> None:
             setup.hook.put_back(mine, setup.world.device)
     except (KeyError, ValueError, RuntimeError) as error:
         raise _unreadable(checkpoint, error) from None
+    if setup.shards:
+        setup.shards.scatter()
     if setup.shadow:
         setup.shadow.refresh()
 
@@ -72,7 +74,7 @@ def _parts(setup: Setup, more: dict[str, Part]) -> dict[str, Part]:
     """What is the same on all processes."""
     parts = {
         "model": setup.model,
-        "optimizer": setup.optimizer,
+        "optimizer": setup.shards or setup.optimizer,
         "tracker": setup.tracker,
         "ema": setup.ema,
         "scaler": setup.accelerator.scaler,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -16,6 +16,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
     broadcast,
     broadcast_object_list,
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 
 from robustify.errors import UserError
 
+SHARD_HINT = "where a training does not fit, FSDP2 splits it: `robustify copy fsdp2 FILE`, then --accelerate-config FILE"
 NOTICEABLE = 0.05  # seconds of work a step; less of it differs between processes by chance
 
 
@@ -34,6 +37,51 @@ def time_limit() -> int:
     if not text.isdecimal() or int(text) < 1:
         raise UserError(f"ROBUSTIFY_TIMEOUT={text} is not a number of seconds")
     return int(text)
+
+
+def asks_to_shard(environment: Mapping[str, str]) -> bool:
+    """Whether these variables, as `accelerate launch` sets them, ask for FSDP2. Raises UserError for what is not done."""
+
+    def on(name: str) -> bool:
+        return environment.get(name, "false").lower() == "true"
+
+    for name, kind in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM"), ("PARALLELISM_CONFIG", "parallelism")):
+        if on(f"ACCELERATE_USE_{name}"):
+            raise UserError(f"robustify does not train with accelerate's {kind}", SHARD_HINT)
+    if not on("ACCELERATE_USE_FSDP"):
+        return False
+    refused = {
+        "version 1 (fsdp_version: 2 is the one)": environment.get("FSDP_VERSION", "1") != "2",
+        "fsdp_offload_params": on("FSDP_OFFLOAD_PARAMS"),
+        "fsdp_activation_checkpointing, which feeds BatchNorm every image twice": on("FSDP_ACTIVATION_CHECKPOINTING"),
+        "fsdp_ignored_modules": "FSDP_IGNORED_MODULES" in environment,
+    }
+    if found := [what for what, asked in refused.items() if asked]:
+        raise UserError(f"the accelerate config asks of FSDP what robustify does not do: {'; '.join(found)}", SHARD_HINT)
+    return True
+
+
+def _sharding() -> FullyShardedDataParallelPlugin | None:
+    """What accelerate is to know of FSDP2, or None where every process keeps a whole copy of what trains."""
+    if not asks_to_shard(os.environ):
+        return None
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise UserError("FSDP2 has nothing to split over one process", "take more, or leave the accelerate config out")
+    policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")  # by itself: the network's blocks, one by one
+    reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()
+    try:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        return FullyShardedDataParallelPlugin(
+            auto_wrap_policy=policy,  # pyright: ignore[reportArgumentType]
+            reshard_after_forward=reshard in ("true", "full_shard"),  # the second is what accelerate launch says by itself
+            cpu_ram_efficient_loading=False,  # every process reads the weights
+            mixed_precision_policy=MixedPrecisionPolicy(),  # autocast rounds the passes; what is exchanged stays fp32
+        )
+    except (ImportError, TypeError):
+        raise UserError(f"FSDP2 needs torch 2.6 and accelerate 1.6 or newer, here is torch {torch.__version__}") from None
+    except ValueError as error:
+        raise UserError(f"the accelerate config of FSDP2: {error}") from None
 
 
 def make_accelerator(precision: str = "no", tracker: str | None = None, log_dir: str | None = None) -> Accelerator:
@@ -46,6 +94,7 @@ def make_accelerator(precision: str = "no", tracker: str | None = None, log_dir:
     group = InitProcessGroupKwargs(backend=None, timeout=timedelta(seconds=time_limit()))  # pyright: ignore[reportArgumentType]
     # The two forwards of one step would each broadcast BatchNorm's statistics between them, and break the backward pass.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    sharding = _sharding()
     # verdicts, budgets and the exact passes are fp32; TF32 would round them to ten bits
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     # accelerate keeps the first precision of a process for good; a second run in the same one may want another
@@ -56,6 +105,7 @@ def make_accelerator(precision: str = "no", tracker: str | None = None, log_dir:
             mixed_precision=precision,
             cpu=not torch.cuda.is_available(),
             kwargs_handlers=[ddp, group],
+            fsdp_plugin=sharding,
             log_with=tracker,
             project_dir=log_dir,
             step_scheduler_with_optimizer=False,
@@ -70,6 +120,8 @@ def make_accelerator(precision: str = "no", tracker: str | None = None, log_dir:
         ) from None
     except (ValueError, ImportError) as error:
         raise UserError(f"cannot start with precision {precision}, tracker {tracker}: {error}") from None
+    if sharding is not None:  # accelerate takes it on GPUs alone, and from the first accelerator of a process alone
+        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, sharding
     if tracker and not accelerator.log_with:
         raise UserError(f"the tracker {tracker} is not installed", f"pip install {tracker}, or leave the tracker out")
     return accelerator
@@ -108,6 +160,7 @@ class World:
         self.is_main = self.rank == 0
         self.speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # the first process on each machine
         self.device = accelerator.device if accelerator else torch.device("cpu")
+        self.sharded = accelerator is not None and accelerator.distributed_type == DistributedType.FSDP
         self.worked = self.waited = 0.0
 
     def rows(self, n: int) -> slice:

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,24 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from robustify import shelf
-from robustify.distributed import time_limit
+from robustify.distributed import SHARD_HINT, asks_to_shard, time_limit
 from robustify.errors import UserError
 from robustify.faults import PREEMPTED, PeerLost
 
-# of accelerate's distributed_type: a whole copy of the network on each process
-KINDS = ("NO", "MULTI_CPU", "MULTI_GPU")
+KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")  # of accelerate's distributed_type
 
 
 @dataclass(frozen=True)
 class Layout:
-    """processes: on this machine. machines: how many; machine: which of them this is; address: of machine 0, HOST:PORT."""
+    """processes: on this machine. machines: how many; machine: which of them this is; address: of machine 0, HOST:PORT.
+    environment: variables that the processes get."""
 
     processes: int
     machines: int = 1
     machine: int = 0
     address: str = "localhost:0"
     cpu: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def read_config(path: Path) -> Layout:
@@ -53,14 +54,16 @@ def read_config(path: Path) -> Layout:
     kind = str(values.get("distributed_type", "NO"))
     if kind not in KINDS:
         raise UserError(
-            f"{path} asks for {kind}: robustify keeps a whole copy of the network on every process, since attacks and "
-            "evaluation run on the bare network, each process at its own pace, which shards of it cannot",
-            f"take distributed_type {', '.join(KINDS)}; where memory is short: --set train.accumulate=4, --precision bf16",
+            f"{path} asks for distributed_type {kind}; robustify knows {', '.join(KINDS)}",
+            f"{SHARD_HINT}; where memory is short: --set train.accumulate=4, --precision bf16",
         )
+    environment = _fsdp(values) if kind == "FSDP" else {}
+    asks_to_shard(environment)
     total, machines = _whole(path, values, "num_processes", 1), _whole(path, values, "num_machines", 1)
     if total % machines:
         raise UserError(f"{path}: {total} processes do not divide over {machines} machines")
-    layout = Layout(total // machines, cpu=bool(values.get("use_cpu", False)) or kind == "MULTI_CPU")
+    cpu = bool(values.get("use_cpu", False)) or kind == "MULTI_CPU"
+    layout = Layout(total // machines, cpu=cpu, environment=environment)
     if machines == 1:
         return layout
     host = values.get("main_process_ip")
@@ -71,6 +74,16 @@ def read_config(path: Path) -> Layout:
     if not 0 <= rank < machines:
         raise UserError(f"{path}: machine_rank {rank}, but the machines are 0..{machines - 1}")
     return replace(layout, machines=machines, machine=rank, address=f"{host}:{port}")
+
+
+def _fsdp(values: dict[str, Any]) -> dict[str, str]:
+    """The variables that `accelerate launch` makes of a config's fsdp_config."""
+    found = {"ACCELERATE_USE_FSDP": "true"}
+    for key, value in (values.get("fsdp_config") or {}).items():
+        name = key.upper().replace("TRANSFORMER_LAYER_CLS", "TRANSFORMER_CLS")
+        if value is not None:
+            found[name if name.startswith("FSDP_") else f"FSDP_{name}"] = str(value)
+    return found
 
 
 def _whole(path: Path, values: dict[str, Any], key: str, default: int) -> int:
@@ -96,6 +109,7 @@ def relaunch(layout: Layout, arguments: Sequence[str]) -> int:
         raise UserError(f"{layout.processes} processes, but this machine has {room} {kind}", f"take --processes {room}")
     if not gpus:
         os.environ["ACCELERATE_USE_CPU"] = "true"
+    os.environ.update(layout.environment)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // layout.processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the process that failed has said why
     several = layout.machines > 1

@@ -37,6 +37,7 @@ from robustify.plan import check_run, passes_per_image, planned
 from robustify.recipe import Recipe, build
 from robustify.report import Report, save_pair
 from robustify.runs import begin_run, clear_state, flat, open_run
+from robustify.sharding import check_sharded
 from robustify.sources import Checkpoint
 from robustify.step import prepare
 from robustify.threat import ThreatModel
@@ -185,6 +186,8 @@ def _run(
     world = World(accelerator)
     model = checkpoint.model.to(accelerator.device)
     data = data.to(accelerator.device)
+    if world.sharded:
+        world.on_main(lambda: check_sharded(recipe))
     world.on_main(lambda: check_run(recipe, model, data, world.size))
     same_everywhere(world, _facts(recipe, model, data))
     gate(recipe, checkpoint, data, world, tell)
@@ -202,7 +205,7 @@ def _run(
             before.save(folder / "before.json")
     tell(Measured("before", before))
 
-    start = _weights(model)
+    start = _weights(model) if recipe.train.max_clean_drop is not None else {}
     classifier = prepare_weights(recipe, model, data)
     layers.select(model.net, recipe.train.layers, classifier)
     setup = prepare(

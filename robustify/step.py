@@ -27,6 +27,7 @@ from robustify.modes import Nets, Shadow, borrowed
 from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
 from robustify.rng import Draws, mix
+from robustify.sharding import Shards, SplitForward, split_explained
 from robustify.threat import ThreatModel
 from robustify.unlabelled import with_predictions
 
@@ -36,7 +37,8 @@ OPTIMIZERS = {"sgd": "momentum", "adamw": "adamw", "lamb": "lamb", "lars": "lars
 
 @dataclass
 class Setup:
-    """All that a training step needs. forward: what DDP and autocast wrap; model: the bare network, for the attack."""
+    """All that a training step needs. forward: what DDP, or FSDP2, and autocast wrap; model: the bare network, for the attack.
+    shards: of a training that is split by FSDP2, whose forward is a split copy of the model."""
 
     model: PixelModel
     forward: nn.Module
@@ -50,6 +52,7 @@ class Setup:
     tracker: State | None
     shadow: Shadow | None
     ema: Any | None
+    shards: Shards | None
     hook: GradientHook | None = None
     exchanges: int = 0  # backward passes so far that ended in an exchange of gradients
 
@@ -85,15 +88,18 @@ def prepare(
     reduced = settings.precision != "no"
     if reduced:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    layout = torch.channels_last if reduced else torch.contiguous_format
+    forward = SplitForward(model, accelerator.autocast, layout) if world.sharded else _Forward(model)
     optimizer = create_optimizer_v2(
-        model,
+        forward.model,
         OPTIMIZERS[settings.optimizer],
         lr=settings.rate,
         weight_decay=settings.weight_decay,
         momentum=settings.momentum,
         **_layerwise(settings),
     )
-    forward, optimizer = accelerator.prepare(_Forward(model), optimizer)
+    with split_explained() if world.sharded else nullcontext():
+        forward, optimizer = accelerator.prepare(forward, optimizer)
     tracker = method.tracker(threat, images)
     if tracker is not None:
         tracker.gather = world.gather
@@ -115,6 +121,7 @@ def prepare(
         tracker,
         Shadow(model) if reduced else None,
         ema,
+        Shards(model, forward, optimizer) if world.sharded else None,
     )
 
 
@@ -139,9 +146,9 @@ def _layerwise(settings: TrainSettings) -> dict[str, Any]:
 
 def set_train_mode(setup: Setup) -> None:
     """Training mode, but for BatchNorm whose statistics are to stay: with only the last layer training they must."""
-    setup.model.train()
+    setup.forward.train()
     if setup.settings.batchnorm == "frozen" or setup.settings.layers == "last":
-        for module in _normalised_by_batch(setup.model):
+        for module in _normalised_by_batch(setup.forward):
             module.eval()
 
 
@@ -171,15 +178,17 @@ def take_step(setup: Setup, micro_batches: Iterator[tuple[Tensor, Tensor]], step
     else:
         with same_statistics(setup.model):
             _backward(setup, nets, parts, step)
-        with uphill(setup.model, s.awp):
+        with uphill(setup.forward, s.awp):
             sums = _backward(setup, nets, parts, step)
     means = world.sum(torch.stack(list(sums.values()))) / world.size
     losses = dict(zip(sums, means.tolist(), strict=True))
     if math.isfinite(losses["total"]):
         if s.clip_norm is not None:
-            setup.accelerator.clip_grad_norm_(setup.model.parameters(), s.clip_norm)
+            setup.accelerator.clip_grad_norm_(setup.forward.parameters(), s.clip_norm)
         setup.optimizer.step()
         setup.optimizer.zero_grad()
+        if setup.shards:
+            setup.shards.gather()
         if setup.shadow:
             setup.shadow.refresh()
         if setup.ema:
@@ -219,13 +228,14 @@ def _backward(setup: Setup, nets: Nets, parts: list[_Part], step: int) -> dict[s
     sums: dict[str, Tensor] = {}
 
     def backward(loss: Tensor) -> None:
-        setup.exchanges += k + 1 == count
+        setup.exchanges += exchange
         setup.accelerator.backward(loss / count)
 
     statistics = Synchronised() if setup.settings.batchnorm == "sync" and setup.world.size > 1 else nullcontext()
     for k, part in enumerate(parts):
         x, y = part.x, part.y
-        with statistics, setup.accelerator.no_sync(setup.forward) if k + 1 < count else nullcontext():
+        exchange = k + 1 == count or setup.shards is not None  # until then gradients lie whole on every process
+        with statistics, nullcontext() if exchange else setup.accelerator.no_sync(setup.forward):
             if isinstance(method, OwnStep):
                 passes = Passes(setup.forward, backward, nets, step)
                 total, named = method.step(passes, x, y, setup.threat, part.draws, setup.tracker)

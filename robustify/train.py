@@ -330,6 +330,8 @@ def _roll_back(setup: Setup, folder: Path) -> None:
     setup.optimizer.optimizer.state.clear()
     if setup.ema:
         setup.ema.module.load_state_dict(setup.model.state_dict())
+    if setup.shards:
+        setup.shards.scatter()
     if setup.shadow:
         setup.shadow.refresh()
 

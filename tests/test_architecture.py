@@ -70,6 +70,7 @@ LAYERS = [
         "events",
         "batchnorm",
         "compression",
+        "sharding",
         "faults",
         "order",
         "unlabelled",

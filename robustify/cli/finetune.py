@@ -89,6 +89,7 @@ def run(
         from robustify.launch import Layout, launched, read_config, relaunch
         from robustify.plan import plan
         from robustify.resolve import resolve
+        from robustify.sharding import check_sharded
     flags: dict[str, Any] = {
         "model.source": model,
         "model.num_classes": num_classes,
@@ -109,11 +110,14 @@ def run(
     }
     resolved = resolve(recipe, flags, settings or (), evaluate.recipe_of(model) if model else None)
     arguments = options.typed(context)
+    layout = read_config(accelerate_config) if accelerate_config and not launched() else Layout(processes)
+    if layout.environment:
+        check_sharded(resolved.recipe)
     if dry_run:
         with console.Watch() as watch:
             if resolved.note:
                 console.note(resolved.note)
-            facts = plan(resolved.recipe, processes=processes, listener=watch)
+            facts = plan(resolved.recipe, processes=layout.processes * layout.machines, listener=watch)
         _show_plan(resolved, facts, options.command(a for a in arguments if a != "--dry-run"), as_json)
         return
     if output and resume not in ("auto", "never"):
@@ -121,7 +125,6 @@ def run(
     kept = arguments if resume not in ("auto", "never") else options.without(arguments, "--resume")
     again = options.continues(a for a in kept if a != "--force")
     if (processes > 1 or accelerate_config) and not launched():
-        layout = read_config(accelerate_config) if accelerate_config else Layout(processes)
         with ends.explained(CHECKPOINT, lambda: again):
             raise typer.Exit(relaunch(layout, arguments))
     folder = output or Path("runs") / default_name(resolved.recipe.model.source, resolved.recipe.method.name)

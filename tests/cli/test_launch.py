@@ -12,6 +12,8 @@ from robustify.distributed import choose_interface, make_accelerator
 from robustify.errors import UserError
 from robustify.launch import Layout, read_config, relaunch
 
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "True"}
+
 
 @pytest.fixture
 def written(tmp_path):
@@ -27,6 +29,7 @@ def written(tmp_path):
     [
         ("one-machine", Layout(8)),
         ("several-machines", Layout(8, machines=4, machine=0, address="10.0.0.1:29500")),
+        ("fsdp2", Layout(8, environment=FSDP2)),
     ],
 )
 def test_the_configs_that_come_along_are_accelerates_own(robustify, tmp_path, name, layout):
@@ -96,3 +99,10 @@ def test_gloo_takes_the_interface_to_the_first_machine_where_there_are_several(m
     assert choose_interface() == "mine"
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     assert choose_interface().startswith("lo")
+
+
+def test_a_plan_of_what_fsdp2_cannot_do_is_refused(robustify, tmp_path, tiny):
+    robustify("copy", "fsdp2", "machine.yaml")
+    ran = robustify("finetune", *tiny, "--layers", "last", "--accelerate-config", "machine.yaml", "--dry-run")
+    assert ran.code == 2
+    assert "train.layers last" in ran.err

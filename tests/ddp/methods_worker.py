@@ -31,6 +31,10 @@ CASES = {
     "awp": (Trades(steps=2), {"awp": 0.01}),
     "grad_align, sync": (FastAt(grad_align=0.5), {"batchnorm": "sync"}),
     "gaat exact, sync": (Gaat(gradient="exact"), {"batchnorm": "sync"}),
+    "trades in two passes": (Trades(steps=2), {"accumulate": 2, "clip_norm": 0.1, "ema": 0.5}),
+    "adamw": (Trades(steps=2), {"optimizer": "adamw", "lr": 1e-3}),
+    "lars": (Trades(steps=2), {"optimizer": "lars", "trust_clip": True}),
+    "sync": (Trades(steps=2), {"batchnorm": "sync"}),
 }
 
 
@@ -49,7 +53,8 @@ def weights_after(method, settings, accelerator, world) -> tuple[torch.Tensor, d
         rows = [range(96)[i : i + part][world.rows(part)] for i in starts]
         take_step(setup, iter([(x[list(r)].double(), y[list(r)]) for r in rows]), step)
     state = setup.tracker.state_dict() if setup.tracker else {}
-    return torch.cat([w.detach().flatten() for w in net.parameters()]), state
+    kept = [net, *([setup.ema.module] if setup.ema else [])]
+    return torch.cat([w.detach().flatten() for one in kept for w in one.parameters()]), state
 
 
 def main(out: Path) -> None:
@@ -58,6 +63,8 @@ def main(out: Path) -> None:
     for name, (method, settings) in CASES.items():
         accelerator = make_accelerator()
         world = World(accelerator)
+        if world.sharded and getattr(method, "second_derivatives", False):
+            continue
         found[name] = weights_after(method, settings, accelerator, world)
     out.mkdir(exist_ok=True)
     torch.save(found, out / f"rank{world.rank}.pt")
