@@ -90,7 +90,7 @@ def peers_watched(world: World) -> Iterator[None]:
         if not _broken(error):
             _leave_word(world, error)
             raise
-        raise PeerLost(_last_words() or _unexplained(error)) from None
+        raise PeerLost(_why(error)) from None
     except BaseException as error:
         _leave_word(world, error)
         raise
@@ -118,11 +118,12 @@ def _broken(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or _BROKEN.search(str(error)) is not None
 
 
-def _unexplained(error: RuntimeError) -> str:
+def _why(error: RuntimeError) -> str:
     text = str(error)
-    if "imed out" in text or "imeout" in text:
+    if "imed out" in text or "imeout" in text:  # then the store may not answer either
         return "another process does not answer: it hangs, or its machine is gone"
-    return "another process has ended without a word: killed, perhaps for want of memory, or its machine is gone"
+    unexplained = "another process has ended without a word: killed, perhaps for want of memory, or its machine is gone"
+    return _last_words() or unexplained
 
 
 def _leave_word(world: World, error: BaseException) -> None:
