@@ -260,7 +260,11 @@ class Report:
     @classmethod
     def load(cls, path: str | Path) -> Report:
         """Read what `save` wrote. Raises UserError when there is none."""
-        return cls.from_json(*_load(Path(path)))
+        value, arrays = _load(Path(path))
+        if {"before", "after"} <= value.keys():
+            hint = "`robustify evaluate RUN -o measured.json` writes one of the hardened model"
+            raise UserError(f"{path} holds a run's two reports, before and after it, not one", hint)
+        return cls.from_json(value, arrays)
 
 
 def save_pair(path: str | Path, before: Report, after: Report) -> None:

@@ -140,6 +140,8 @@ def test_pairs(tmp_path):
     sample().save(tmp_path / "single.json")
     with pytest.raises(UserError, match="before"):
         reports.load_pair(tmp_path / "single.json")
+    with pytest.raises(UserError, match="two reports, before and after"):
+        Report.load(tmp_path / "report.json")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": 1}', '{"format": 99}'])
