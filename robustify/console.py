@@ -165,7 +165,7 @@ class Watch:
                     "yellow",
                 )
             case Measured(when, report):
-                for text in (f"{when}: {headlines(report)}", *report.notes):
+                for text in (f"{when}: {headlines(report)}", *(f"{when}: {note}" for note in report.notes)):
                     self._say(text)
             case Exported(path):
                 self._say(f"exported {path}")

@@ -38,6 +38,6 @@ def text(name: str) -> str:
     if name not in names():
         raise UserError(
             f"no recipe {name!r}.{nearest(name, names())}",
-            f"recipes: {', '.join(names())}; or the path of a YAML file; a model is named by --model {shlex.quote(name)}",
+            f"a model is named by --model {shlex.quote(name)}; recipes: {', '.join(names())}; or the path of a YAML file",
         )
     return (files("robustify.recipes") / f"{name}.yaml").read_text(encoding="utf8")
