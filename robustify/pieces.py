@@ -62,7 +62,7 @@ class Pieces:
 
 def pieces_of(folder: Path, facts: Facts) -> Iterator[Arrays]:
     """Yield every piece of a folder. Raises UserError when it was begun with other facts."""
-    _same_facts(folder, facts)
+    same_facts(facts_of(folder), facts, str(folder), "give the model and the data that it is of")
     yield from (_read(path) for path in sorted(folder.glob("*.npz")))
 
 
@@ -104,7 +104,7 @@ def same_facts(known: Facts, facts: Facts, place: str, hint: str) -> None:
 
 def _same_facts(folder: Path, facts: Facts) -> None:
     known = facts_of(folder)
-    packages = [f"'{name}=={known[name]}'" for name in PACKAGES if known.get(name, facts.get(name)) != facts.get(name)]
+    packages = [f"'{name}=={known[name]}'" for name in PACKAGES if name in known and known[name] != facts.get(name)]
     install = f": pip install {' '.join(packages)}" if packages else ""
     hint = f"go on with what it was begun with{install}; or begin anew: rm -r {shlex.quote(str(folder))}"
     same_facts(known, facts, str(folder), hint)

@@ -143,8 +143,9 @@ def test_resuming_with_anything_else_is_refused(model, split, tmp_path):
         measured(model, other, resume_folder=folder)
     with torch.no_grad():
         next(model.parameters())[0] += 1e-6
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match="another model") as refused:
         measured(model, split, resume_folder=folder)
+    assert "pip install" not in refused.value.hint
     strange = tmp_path / "strange"
     strange.mkdir()
     (strange / "thesis.tex").write_text("x")
@@ -209,8 +210,9 @@ def test_stored_images_give_every_verdict_again(model, split, tmp_path, half_bli
         assert recheck(model, split, forged(report, key), kept)[key] == 50
     with torch.no_grad():
         next(model.parameters())[0] += 0.1
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match="another model") as refused:
         recheck(model, split, report, kept)
+    assert refused.value.hint == "give the model and the data that it is of"
     with pytest.raises(UserError, match="no evaluation was stored"):
         recheck(model, split, report, tmp_path / "nothing")
 
