@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import accelerate
 import psutil
 import torch
 from accelerate import Accelerator
@@ -21,6 +22,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     broadcast,
     broadcast_object_list,
+    compare_versions,
     gather_object,
 )
 from torch import Tensor, nn
@@ -69,17 +71,18 @@ def _sharding() -> FullyShardedDataParallelPlugin | None:
         raise UserError("FSDP2 has nothing to split over one process", "take more, or leave the accelerate config out")
     policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")  # by itself: the network's blocks, one by one
     reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()
-    try:
-        from torch.distributed.fsdp import MixedPrecisionPolicy
+    if compare_versions("accelerate", "<", "1.10") or compare_versions("torch", "<", "2.6"):
+        have = f"accelerate {accelerate.__version__} and torch {torch.__version__}"
+        raise UserError(f"FSDP2 needs accelerate 1.10 and torch 2.6 or newer, here are {have}")
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
+    try:
         return FullyShardedDataParallelPlugin(
             auto_wrap_policy=policy,  # pyright: ignore[reportArgumentType]
             reshard_after_forward=reshard in ("true", "full_shard"),  # the second is what accelerate launch says by itself
             cpu_ram_efficient_loading=False,  # every process reads the weights
             mixed_precision_policy=MixedPrecisionPolicy(),  # autocast rounds the passes; what is exchanged stays fp32
         )
-    except (ImportError, TypeError):
-        raise UserError(f"FSDP2 needs torch 2.6 and accelerate 1.6 or newer, here is torch {torch.__version__}") from None
     except ValueError as error:
         raise UserError(f"the accelerate config of FSDP2: {error}") from None
 

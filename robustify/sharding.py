@@ -46,18 +46,18 @@ def check_sharded(recipe: Recipe) -> None:
 
 
 def blocks(net: nn.Module) -> list[str]:
-    """Names of the classes of a network's blocks: modules with parts that stand in a row, or beside one of their class."""
-    found = set()
+    """Names of the classes of a network's blocks: modules with parts that stand in a row, or else beside one of their class."""
+    in_rows, beside = set(), set()
     for parent in net.modules():
-        children = list(parent.children())
-        kinds = Counter(map(type, children))
-        row = isinstance(parent, ROWS)
-        found |= {
-            type(child).__name__
-            for child in children
-            if (row or kinds[type(child)] > 1) and not isinstance(child, (*ROWS, nn.ModuleDict)) and list(child.children())
-        }
-    return sorted(found)
+        kinds = Counter(map(type, parent.children()))
+        for child in parent.children():
+            matrices = any(weight.ndim > 1 for weight in child.parameters())  # not BatchNorm with its activation
+            if matrices and list(child.children()) and not isinstance(child, (*ROWS, nn.ModuleDict)):
+                if isinstance(parent, ROWS):
+                    in_rows.add(type(child).__name__)
+                if kinds[type(child)] > 1:
+                    beside.add(type(child).__name__)
+    return sorted(in_rows or beside)
 
 
 class SplitForward(nn.Module):

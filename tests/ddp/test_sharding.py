@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
+from robustify import distributed
 from robustify.cli import main
 from robustify.distributed import asks_to_shard, make_accelerator
 from robustify.errors import UserError
@@ -181,6 +182,14 @@ def test_one_process_has_nothing_to_split(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(UserError, match="nothing to split over one process"):
+        make_accelerator()
+
+
+def test_an_accelerate_that_is_too_old(monkeypatch):
+    for name, value in (("ACCELERATE_USE_FSDP", "true"), ("FSDP_VERSION", "2"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "compare_versions", lambda library, *_: library == "accelerate")
+    with pytest.raises(UserError, match=r"FSDP2 needs accelerate 1\.10"):
         make_accelerator()
 
 
