@@ -62,8 +62,8 @@ LINES = (
         (0.01, 0.02, 0.04, 0.08),
         (("weight_decay", 1e-4), ("trust_clip", True), ("warmup_epochs", 2)),
     ),
-    # 8 and 16 times 0.05; the latter is linear scaling
-    Line("SGD, 2048", 2048, "sgd", (0.4, 0.8), (("warmup_epochs", 2),)),
+    # 2 to 16 times 0.05: below root scaling to linear scaling
+    Line("SGD, 2048", 2048, "sgd", (0.1, 0.2, 0.4, 0.8), (("warmup_epochs", 2),)),
 )
 COMPRESSED = LINES[1]
 
