@@ -85,7 +85,8 @@ def a_batch(size: tuple[int, ...], rows: slice, batch: int, dtype: torch.dtype) 
 
 
 def exact(model: PixelModel, given: argparse.Namespace, world: World) -> dict[str, Any]:
-    """Three steps of the whole batch on one process, and of its shares on all: the largest difference of a weight."""
+    """Three steps of the whole batch on one process, and of its shares on all: the weights' largest difference over their
+    largest change."""
     row: dict[str, Any] = {"part": "exact", "processes": world.size, "steps": 3, "method": given.method}
     batch = 4 * world.size
     for dtype in (torch.float64, torch.float32):
@@ -97,7 +98,9 @@ def exact(model: PixelModel, given: argparse.Namespace, world: World) -> dict[st
             for step in range(3):
                 take_step(setup, iter([(x, y)]), step)
             weights.append(torch.cat([w.detach().flatten() for w in setup.model.parameters()]))
-        row[str(dtype).removeprefix("torch.")] = float((weights[0] - weights[1]).abs().max() / weights[0].abs().max())
+        first = torch.cat([w.detach().to(world.device, dtype).flatten() for w in model.parameters()])
+        apart, moved = (float((weights[0] - other).abs().max()) for other in (weights[1], first))
+        row[str(dtype).removeprefix("torch.")] = apart / moved
     return row
 
 
@@ -269,8 +272,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         if row["part"] == "exact":
-            said = "{method}, {steps} steps, {processes} processes against one: weights differ by {float64:.1e} of the largest"
-            lines.append((said + " in fp64, {float32:.1e} in fp32").format(**row))
+            said = "{method}, {steps} steps, {processes} processes against one: weights differ by {float64:.1e} of"
+            lines.append((said + " their largest change in fp64, {float32:.1e} in fp32").format(**row))
     links = {row["collective"]: fitted(row) for row in rows if row["part"] == "link"}
     for name, (call, byte) in links.items():
         lines.append(f"{name}: {1e6 * call:.0f} us a call, {1e-9 / byte:.2f} GB/s")
