@@ -21,6 +21,7 @@ VERBS = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeA
 FLAGS = {verb: {flag for option in command.params for flag in option.opts} for verb, command in VERBS.items()}
 BENCHMARKS = "".join(path.read_text(encoding="utf8") for path in (ROOT / "benchmarks").glob("*.py"))
 OTHERS = {"--no-deps", "--upgrade", "--help", "--version"}  # pip's, and those of robustify itself
+OTHERS |= {"--standalone", "--nproc-per-node"}  # torchrun's
 OTHERS |= set(re.findall(r"add_argument\(\s*\"(--[a-z0-9-]+)\"", BENCHMARKS))
 CHECKS = {"--attack": AttackSpec.parse, "--threat": ThreatModel.parse}
 
