@@ -28,6 +28,7 @@ FIGURES = {  # captions, in the card's order
     "training.png": "Accuracy on the held-out images during the training",
     "gradients.png": "Images, and the loss's gradient in their pixels before and after",
 }
+LICENSE = "LICENSE"  # the base model's terms, put there by a person
 VERDICTS = [str(Path(name).with_suffix(".npz")) for name in (REPORT, HALF)]
 # what says something of one model, and must not outlive it where another takes its place
 OURS = (CONFIG, WEIGHTS, *FORMATS.values(), *FIGURES, RECIPE, REPORT, HALF, *VERDICTS, RESULTS)
@@ -41,7 +42,7 @@ def find(source: str | Path) -> Path | None:
 
 def belongings(folder: Path) -> dict[str, Path]:
     """Return the files that go with a model wherever it goes, but for its weights: name -> where it is now."""
-    names = [CARD, *FIGURES, RECIPE, REPORT, HALF, *VERDICTS, RESULTS]
+    names = [CARD, LICENSE, *FIGURES, RECIPE, REPORT, HALF, *VERDICTS, RESULTS]
     found = {name: place / name for place in (_beside(folder), folder) for name in names if (place / name).is_file()}
     return {name: found[name] for name in names if name in found}
 

@@ -81,6 +81,11 @@ def test_an_older_models_files_go_and_what_a_person_wrote_on_the_hub_stays(hub, 
     assert {"mine/half.json", "notes.txt", "model.safetensors"} <= files.keys()
 
 
+def test_the_license_text_beside_the_model_goes_with_it(run):
+    (run / "model" / "LICENSE").write_text("the base model's terms")
+    assert pack(run, "me/robust")["LICENSE"] == run / "model" / "LICENSE"
+
+
 def test_an_interrupted_upload_goes_on(hub, run):
     hub.refuse = {"/commit/": 400}
     failed = robustify(hub, "push", run, "me/robust")
