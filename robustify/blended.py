@@ -13,11 +13,11 @@ from robustify.evaluation import model_digest
 from robustify.events import Listener
 from robustify.export import export
 from robustify.model_folder import RECIPE, REPORT, belongings, read_config, write_card
-from robustify.pipeline import measure_test, named
 from robustify.pixels import PixelModel
 from robustify.recipe import Recipe
 from robustify.report import load_pair, save_pair
 from robustify.sources import Checkpoint
+from robustify.stages import measure_test, named
 
 
 def export_blended(

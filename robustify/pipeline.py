@@ -8,43 +8,37 @@ import os
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from robustify import data as datasets
-from robustify import files, layers
-from robustify.blend import Weights, between, choose, curve, in_words
-from robustify.card_figures import Gallery, draw
+from robustify import layers
+from robustify.card_figures import Gallery
 from robustify.data import Data
 from robustify.distributed import World, busy_cores, main_first, make_accelerator
 from robustify.errors import UserError
-from robustify.evaluation import evaluate, model_digest
-from robustify.events import Event, Exported, Listener, Measured, Note, Planned, Progress
-from robustify.export import export
+from robustify.events import Event, Exported, Listener, Measured, Note, Planned
 from robustify.faults import Termination, peers_watched, same_everywhere, sigterm_noted
 from robustify.inputs import augmentation, gate, load_inputs, prepare_weights
 from robustify.memory import memory_explained
-from robustify.methods import withstood
-from robustify.model_folder import write_card
 from robustify.modes import borrowed
 from robustify.order import Pool
 from robustify.pixels import PixelModel
-from robustify.plan import check_run, passes_per_image, planned
+from robustify.plan import check_run, planned
 from robustify.recipe import Recipe, build
 from robustify.report import Report, save_pair
-from robustify.runs import begin_run, clear_state, flat, open_run
+from robustify.runs import clear_state, flat, open_run
 from robustify.sharding import check_sharded
 from robustify.sources import Checkpoint
+from robustify.stages import begin, export_hardened, facts, go_back, measure_test, weights_of
 from robustify.step import prepare
 from robustify.threat import ThreatModel
 from robustify.train import Outcome, follow, train
 from robustify.unlabelled import pseudo_labelled, read_pool
-
-BLEND_IMAGES = 1000  # held-out images on which the point of the line is chosen
 
 
 @dataclass(frozen=True)
@@ -189,7 +183,7 @@ def _run(
     if world.sharded:
         world.on_main(lambda: check_sharded(recipe))
     world.on_main(lambda: check_run(recipe, model, data, world.size))
-    same_everywhere(world, _facts(recipe, model, data))
+    same_everywhere(world, facts(recipe, model, data))
     gate(recipe, checkpoint, data, world, tell)
     pool = read_pool(recipe, data) if recipe.data.unlabelled else None
     if pool is not None and recipe.data.unlabelled_as == "pseudo":
@@ -198,14 +192,14 @@ def _run(
     if (warning := busy_cores()) is not None:
         tell(Note(warning, "warning"))
     tell(Planned(planned(recipe, checkpoint, data)))
-    before = world.on_main(lambda: _begin(folder, recipe, command, resume, data))
+    before = world.on_main(lambda: begin(folder, recipe, command, resume, data))
     if before is None:
         before = measure_test(recipe, checkpoint, model, data, world, "before", tell)
         if world.is_main:
             before.save(folder / "before.json")
     tell(Measured("before", before))
 
-    start = _weights(model) if recipe.train.max_clean_drop is not None else {}
+    start = weights_of(model) if recipe.train.max_clean_drop is not None else {}
     classifier = prepare_weights(recipe, model, data)
     layers.select(model.net, recipe.train.layers, classifier)
     setup = prepare(
@@ -228,7 +222,7 @@ def _run(
     went_back = None
     if recipe.train.max_clean_drop is not None:
         if outcome.best_epoch:
-            went_back = _go_back(recipe, model, start, data, folder, world, tell)
+            went_back = go_back(recipe, model, start, data, folder, world, tell)
         else:
             tell(Note("the start's weights are kept, so max_clean_drop has nothing to go back from", "warning"))
 
@@ -246,132 +240,8 @@ def _run(
     if world.is_main:
         save_pair(folder / "report.json", before, after)
         if export_it:
-            _export(folder, recipe, checkpoint, model, data, (before, after), outcome, gallery)
+            export_hardened(folder, recipe, checkpoint, model, data, (before, after), outcome, gallery)
             tell(Exported(folder / "model"))
         clear_state(folder)
     world.wait()
     return Result(model.net, (before, after), outcome, folder, model, recipe)
-
-
-def _facts(recipe: Recipe, model: PixelModel, data: Data) -> dict[str, Any]:
-    """What must be the same on every machine: settings, weights and images, wherever each has its files."""
-    places = ("model.source", "model.models_dir", "data.name", "data.root", "data.unlabelled", "data.workers")
-    settings = {name: value for name, value in flat(recipe.to_dict()).items() if name not in places}
-    return settings | {"weights": model_digest(model), "data": data.digest}
-
-
-def _weights(model: PixelModel) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.net.state_dict().items()}
-
-
-def _go_back(
-    recipe: Recipe, model: PixelModel, start: Weights, data: Data, folder: Path, world: World, tell: Listener
-) -> str:
-    """Leave the model at the most robust point of the line that keeps the clean accuracy asked for. Returns what was done."""
-    n, end = min(BLEND_IMAGES, len(data.val)), _weights(model)
-    points = curve(
-        model,
-        start,
-        end,
-        data.val,
-        withstood(recipe.method, recipe.threat),
-        n=n,
-        seed=recipe.train.seed,
-        batch_size=recipe.eval.batch_size,
-        world=world,
-        tell=lambda done, total: tell(Progress("blending with the loaded weights", done, total)),
-    )
-    chosen = choose(points, recipe.train.max_clean_drop)
-    model.net.load_state_dict(between(start, end, chosen.alpha))
-    if world.is_main:
-        files.write_json(folder / "blend.json", {"n": n, "points": [asdict(point) for point in points], **asdict(chosen)})
-    said = in_words(chosen, len(points), n, "the loaded", "the trained ones", recipe.train.max_clean_drop)
-    tell(Note(said))
-    return said
-
-
-def _begin(folder: Path, recipe: Recipe, command: str, resume: Path | None, data: Data) -> Report | None:
-    """Write the run's facts. Returns the first measurement of a run that continues, None when it is still to be made."""
-    begin_run(folder, recipe, command, anew=resume is None)
-    if resume is None or not (folder / "before.json").exists():
-        return None
-    before = Report.load(folder / "before.json")
-    if before.data != named(data):
-        raise UserError(
-            f"the run in {folder} began on the data {before.data}, this is {named(data)}",
-            "start anew with --force (force=True in Python)",
-        )
-    return before
-
-
-def named(data: Data) -> str:
-    """The data as reports name it."""
-    return f"{data.name} ({data.digest})"
-
-
-def measure_test(
-    recipe: Recipe, checkpoint: Checkpoint, model: PixelModel, data: Data, world: World, when: str, tell: Listener
-) -> Report:
-    """Evaluate on the test set as the recipe says, in full precision. when: before or after."""
-    e = recipe.eval
-    return evaluate(
-        model,
-        data.test,
-        e.attacks,
-        withstood(recipe.method, recipe.threat),
-        n=e.n and min(e.n, len(data.test)),
-        batch_size=e.batch_size,
-        seed=e.seed,
-        world=world,
-        tell=lambda stage, done, total: tell(Progress(f"{when}: {stage}", done, total)),
-        model_id=checkpoint.base_id if when == "before" else f"{checkpoint.base_id} + {recipe.method.name}",
-        data_name=named(data),
-        split_name=data.test_name,
-        check=True,
-    )
-
-
-def _export(
-    folder: Path,
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    model: PixelModel,
-    data: Data,
-    reports: tuple[Report, Report],
-    outcome: Outcome,
-    gallery: Gallery | None,
-) -> None:
-    """model/ in timm's layout, with its card; it appears as a whole."""
-    x, _ = data.test.batch(range(min(64, len(data.test))))
-    threat = recipe.threat if recipe.method.adversarial else None
-
-    def finish(stage: Path) -> None:
-        draw(stage, *reports, folder / "metrics.jsonl", gallery, model)
-        write_card(stage, place=folder.resolve() / "model")
-
-    export(
-        checkpoint,
-        model,
-        folder / "model",
-        robustness={
-            "threat": threat and threat.spec,
-            "dataset": data.name,
-            "method": recipe.method.name,
-            "recipe": recipe.digest,
-            "report": reports[1].digest(),
-            "training": _cost(recipe, outcome),
-        },
-        metadata={"threat": threat, "recipe": recipe.digest},
-        verify_batch=x,
-        class_names=data.class_names or (),
-        finish=finish,
-        force=True,
-    )
-
-
-def _cost(recipe: Recipe, outcome: Outcome) -> dict[str, Any]:
-    """What the training spent."""
-    forward, image, weights = passes_per_image(recipe)
-    passes = {"forward": forward, "backward to the image": image, "backward to the weights": weights}
-    steps = {"steps": outcome.steps, "batch_size": recipe.train.batch_size, "best_epoch": outcome.best_epoch}
-    return {"seconds": round(outcome.seconds, 1), **steps, "passes_per_image": passes}

@@ -95,6 +95,7 @@ LAYERS = [
     },
     {"step", "checkpoints", "train", "evaluation", "measure", "pointwise", "distributional", "recheck"},
     {"inputs", "runs", "memory", "plan", "blend"},
+    {"stages"},
     {"pipeline"},
     {"api", "blended", "console"},
     {"cli", "", "__main__"},
