@@ -8,7 +8,7 @@ For every entry of RobustBench and every classification architecture of the inst
 the published file's format and place, and the model is loaded from there by its name; its classifier is found and compared
 with what timm says; one step of the last layer and one of the whole network are taken by method wasserstein at the smallest
 images the network takes; the result is exported, and another process that only imports timm and robustify reads it back
-and must get the same logits, bit for bit. A row of `rows.jsonl` is one model:
+and must get the same logits, to rounding. A row of `rows.jsonl` is one model:
 
     passed     all of that
     same       loads as above; its modules, names and shapes are those of a model that passed, so the rest was not repeated
@@ -475,7 +475,8 @@ def read_back() -> None:
             with torch.no_grad():
                 found = net(expected["x"] if plain else (expected["x"] - mean) / std)
             gap = (found - expected["logits"]).abs().max()
-            answer = "same" if torch.equal(found, expected["logits"]) else f"the logits differ by up to {gap:g}"
+            rounded = gap <= 1e-5 * expected["logits"].abs().max()  # as weights may lie elsewhere in memory
+            answer = "same" if rounded else f"the logits differ by up to {gap:g}"
             del net
         except Exception as error:
             answer = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -399,3 +399,25 @@ def test_unwrap_takes_only_a_pixel_model(tmp_path):
     assert isinstance(unwrap(nn.DataParallel(Tied())), Tied)
     with pytest.raises(TypeError, match="PixelModel"):
         save(custom(Tied()), tmp_path / "out", Tied())
+
+
+@pytest.mark.parametrize(("factor", "exported"), [(1 + 1e-7, True), (1 + 1e-3, False)])
+def test_another_rounding_is_no_reason_to_refuse(factor, exported, tmp_path, monkeypatch):
+    """The same weights at another place in memory may round otherwise; anything more is another network."""
+    exporting = sys.modules["robustify.export"]  # the package has a function of that name
+
+    def elsewhere(stage, net, read=exporting._read_back):
+        again = read(stage, net)
+        again.net.register_forward_hook(lambda module, x, logits: logits * factor)
+        return again
+
+    monkeypatch.setattr(exporting, "_read_back", elsewhere)
+    checkpoint = sources.load("test_vit", pretrained=False, num_classes=4)
+    x = torch.rand(2, *checkpoint.input_size)
+    arguments = {"robustness": {}, "metadata": {}, "verify_batch": x}
+    if exported:
+        export(checkpoint, checkpoint.model, tmp_path / "out", **arguments)
+    else:
+        with pytest.raises(UserError, match="logits differ by up to"):
+            export(checkpoint, checkpoint.model, tmp_path / "out", **arguments)
+    assert (tmp_path / "out").exists() == exported
