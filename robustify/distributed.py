@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 import time
@@ -134,7 +135,8 @@ def choose_interface() -> str | None:
     """Return the network interface by which gloo is to reach the other machines, None where there are none.
 
     It is the one on the way to the first machine, unless GLOO_SOCKET_IFNAME names another. Left alone, gloo gives the others
-    the address that this host's own name stands for, which /etc/hosts often says is 127.0.0.1.
+    the address that this host's own name stands for, which /etc/hosts often says is 127.0.0.1. Raises UserError where the
+    first machine's name leads no further than that; on GPUs, where NCCL finds its own way, None.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) <= int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
         return None
@@ -147,10 +149,25 @@ def choose_interface() -> str | None:
                 own = probe.getsockname()[0]
         except OSError as error:
             raise UserError(f"this machine knows no way to {first}, the first machine: {error}") from None
+        if ipaddress.ip_address(own.split("%")[0]).is_loopback and not _is_loopback(first):
+            if torch.cuda.is_available():
+                return None
+            raise UserError(
+                f"MASTER_ADDR {first} is {address[0]} on this machine, where no other can reach it",
+                "give the first machine's address in the network, or set GLOO_SOCKET_IFNAME to the network interface",
+            )
         for name, addresses in psutil.net_if_addrs().items():
             if any(known.address.split("%")[0] == own for known in addresses):
                 os.environ["GLOO_SOCKET_IFNAME"] = name
     return os.environ.get("GLOO_SOCKET_IFNAME")
+
+
+def _is_loopback(name: str) -> bool:
+    """Whether the name itself says that all is on this machine."""
+    try:
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 class World:

@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,11 @@ _WHY = "robustify/why"  # in the processes' common store: the last words of the 
 _BROKEN = re.compile(r"gloo|NCCL|by peer|Broken pipe|socket|[Tt]imed out waiting")
 
 
-class Preempted(Exception):
-    """SIGTERM came, as clusters send it before they take a machine away. saved: what is on disk."""
+class Preempted(BaseException):
+    """SIGTERM came, as clusters send it before they take a machine away. saved: what is on disk.
+
+    Like KeyboardInterrupt it comes anywhere, and no `except Exception` may take it for a mistake of what ran there.
+    """
 
     def __init__(self, saved: str) -> None:
         super().__init__(f"ended by SIGTERM; {saved}")
@@ -131,7 +134,8 @@ def _leave_word(world: World, error: BaseException) -> None:
     if store is not None:
         known = isinstance(error, UserError | Preempted)
         text = str(error).splitlines()[0] if known else f"{type(error).__name__}: {error}"
-        store.set(_WHY, f"process {world.rank} of {world.size} has ended: {text}")
+        with suppress(RuntimeError):  # the store's machine may be gone, and what ended this process is what counts
+            store.set(_WHY, f"process {world.rank} of {world.size} has ended: {text}")
 
 
 def _last_words() -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
 from robustify import faults
 from robustify.errors import UserError
@@ -52,6 +53,17 @@ def test_the_last_words_of_one_are_what_the_other_says(store, error, said):
     with pytest.raises(PeerLost) as lost:
         watched(BROKEN)
     assert lost.value.message == f"process 1 of 2 has ended: {said}"
+
+
+def test_words_that_cannot_be_left_hide_nothing(monkeypatch):
+    def lost(key, text):
+        raise dist.DistNetworkError("Broken pipe")
+
+    monkeypatch.setattr(faults, "_store", lambda: SimpleNamespace(set=lost))
+    with pytest.raises(Preempted, match="after step 3"):
+        watched(Preempted("the state after step 3 is saved"))
+    with pytest.raises(UserError, match="not a number"):
+        watched(UserError("the loss is not a number"))
 
 
 def test_one_that_was_killed_left_no_word(store):

@@ -8,10 +8,12 @@ import signal
 
 import pytest
 import torch
+import typer
 from helpers import tiny_net, toy_data
 
 from robustify import checkpoints, layers
 from robustify import train as loop
+from robustify.cli.ends import explained
 from robustify.data import from_tensors
 from robustify.distributed import make_accelerator
 from robustify.events import StepEnd
@@ -19,6 +21,7 @@ from robustify.faults import Preempted, sigterm_noted
 from robustify.methods import Wasserstein
 from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
+from robustify.sources import weights
 from robustify.step import prepare
 from robustify.threat import ThreatModel
 
@@ -73,9 +76,9 @@ def test_nothing_is_lost(tmp_path, monkeypatch, name, call, saved):
             run(folder)
     at = checkpoints.latest(folder / "checkpoints")
     assert at.name == f"step-{saved:08d}.pt"
-    weights, made = run(folder, at)
+    ended, made = run(folder, at)
     assert made == list(range(saved + 1, 7))
-    assert all(torch.equal(weights[key], value) for key, value in whole.items())
+    assert all(torch.equal(ended[key], value) for key, value in whole.items())
     assert [json.loads(line) for line in (folder / "metrics.jsonl").open()] == lines
 
 
@@ -84,3 +87,11 @@ def test_before_the_first_step_nothing_is_saved(tmp_path, monkeypatch):
     with pytest.raises(Preempted, match="nothing is saved yet"):
         run(tmp_path)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_no_handler_takes_it_for_a_damaged_file(tmp_path, monkeypatch):
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "net.pt")
+    monkeypatch.setattr(torch, "load", lambda *given, **more: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(typer.Exit) as ended, explained("", lambda: ""), sigterm_noted():
+        weights.read(tmp_path / "net.pt")
+    assert ended.value.exit_code == 143

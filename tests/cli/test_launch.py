@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+
 import pytest
 import torch
 import yaml
@@ -98,7 +101,23 @@ def test_gloo_takes_the_interface_to_the_first_machine_where_there_are_several(m
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
     assert choose_interface() == "mine"
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    assert choose_interface().startswith("lo")
+    assert choose_interface().startswith("lo")  # as all machines are one when that is their address
+
+
+def test_a_first_machine_that_takes_its_own_name_for_loopback_is_told(monkeypatch):
+    """As Debian's /etc/hosts has it; the others would be given an address at which each finds itself."""
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "1"), ("MASTER_ADDR", "head")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    found = (socket.AF_INET, socket.SOCK_DGRAM, 17, "", ("127.0.1.1", 9))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **more: [found])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"MASTER_ADDR head is 127\.0\.1\.1") as error:
+        choose_interface()
+    assert "GLOO_SOCKET_IFNAME" in error.value.hint
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_interface() is None
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
 
 
 def test_a_plan_of_what_fsdp2_cannot_do_is_refused(robustify, tmp_path, tiny):
