@@ -43,6 +43,12 @@ def has_own_text(text: str) -> bool:
     return bool(re.sub(f"{BEGIN}.*{END}", "", body, flags=re.DOTALL).replace(YOURS, "").strip())
 
 
+def made_of(text: str, base: str) -> bool:
+    """Return whether the card's generated section is about a model made of this base model; one without it may be."""
+    found = re.search(f"{BEGIN}.*{END}", text, flags=re.DOTALL)
+    return found is None or f"`{base}`" in found[0]
+
+
 def _split(text: str) -> tuple[dict[str, Any], str]:
     """The front matter, and the text that follows its closing line."""
     found = re.match(r"---\s*\n(.*?)^---\s*\n", text, re.DOTALL | re.MULTILINE)

@@ -19,7 +19,7 @@ from robustify.equivalents import in_timm
 from robustify.errors import UserError
 from robustify.formats import check_format, write_format
 from robustify.layers import find_classifier
-from robustify.model_folder import CONFIG, OURS, WEIGHTS
+from robustify.model_folder import CONFIG, LICENSE, OURS, WEIGHTS, made_there
 from robustify.pixels import PixelModel
 from robustify.report import plain
 from robustify.sources import local
@@ -55,7 +55,8 @@ def export(
     half:         round the weights to half precision; buffers, such as BatchNorm's statistics, stay as they are.
     finish:       called with the folder before it appears, to put the card and more into it.
 
-    The folder appears only when it does; a person's files in an older folder stay, an older model's go. Raises UserError
+    The folder appears only when it does; a person's files in an older folder stay, an older model's go, and the license of
+    another base model. Raises UserError
     when the network does not survive the way through the files, when files.new_folder refuses the folder, when a format's
     library is missing, and when the disk is full.
     """
@@ -81,7 +82,8 @@ def export(
     state = _state(net, half)
     config = _config(checkpoint, original, state, x, class_names, robustness)
     weights = safetensors.torch.save(state, _head(checkpoint, metadata))
-    with files.staged_folder(target, needed=len(weights), drop=OURS, force=force) as stage:
+    foreign = () if made_there(target, config["robustness"]["base_model"]) else (LICENSE,)
+    with files.staged_folder(target, needed=len(weights), drop=(*OURS, *foreign), force=force) as stage:
         files.write_bytes(stage / WEIGHTS, weights)
         files.write_json(stage / CONFIG, config)
         _compare(original, logits, _read_back(stage, net), x)

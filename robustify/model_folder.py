@@ -14,7 +14,7 @@ import yaml
 
 from robustify import files
 from robustify.card import render
-from robustify.card_update import update
+from robustify.card_update import has_own_text, made_of, update
 from robustify.errors import UserError
 from robustify.front_matter import eval_results
 from robustify.report import Report, load_pair
@@ -93,8 +93,27 @@ def card_of(folder: Path, *, place: Path | None = None, hub: str | None = None) 
         half=half,
         figures={file: caption for file, caption in FIGURES.items() if (folder / file).is_file()},
     )
-    older = next((path for path in (place / CARD, folder / CARD) if path.is_file()), None)
-    return (update(older.read_text(encoding="utf8"), text) if older else text), half[1] if half else after
+    older = _older_card(folder, place, read_config(folder)["robustness"]["base_model"])
+    return (update(older, text) if older else text), half[1] if half else after
+
+
+def made_there(folder: Path, base: str) -> bool:
+    """Return whether the model in a folder was made of this base model too, as far as its config.json or its card say it.
+
+    Only then what a person put beside it, such as a license, is true of a model that takes its place.
+    """
+    try:
+        return read_config(folder)["robustness"]["base_model"] == base
+    except UserError:  # a run that begins anew takes the older config.json away, and leaves the card
+        return not (folder / CARD).is_file() or made_of((folder / CARD).read_text(encoding="utf8"), base)
+
+
+def _older_card(folder: Path, place: Path, base: str) -> str | None:
+    """The card whose own text goes on: the one that came with the model, else the one whose place it takes."""
+    came = (folder / CARD).read_text(encoding="utf8") if (folder / CARD).is_file() else None
+    if came and has_own_text(came):
+        return came
+    return (place / CARD).read_text(encoding="utf8") if (place / CARD).is_file() and made_there(place, base) else came
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import yaml
 
 from robustify import model_folder
 from robustify.card import without_home
-from robustify.card_update import has_own_text, update
+from robustify.card_update import has_own_text, made_of, update
 from robustify.errors import UserError
 from robustify.front_matter import HUB_ID
 
@@ -52,8 +53,8 @@ def pack(source: str | Path, repo: str) -> Parcel:
 def push(parcel: Parcel, repo: str, *, private: bool = False) -> str:
     """Upload the files to the model repository OWNER/NAME, made if need be, in one commit; return its web address.
 
-    An older model's files there go with it; what a person wrote into the card there stays, unless the card here has such
-    text of its own.
+    An older model's files there go with it. What a person put there, a LICENSE and text in the card, stays where that card
+    is of the same base model, and the card here has no such text of its own.
     What an interrupted upload left on the hub, and what has not changed, is not sent again. The token is the one that
     huggingface_hub knows; it is never shown. Raises UserError for whatever the hub or the network refuses, and when
     `private` is asked for and the repository is public.
@@ -67,10 +68,16 @@ def push(parcel: Parcel, repo: str, *, private: bool = False) -> str:
         if private and not info.private:
             raise UserError(f"{repo} is already there, and public", "choose another name, or make it private on the hub")
         there = {file.rfilename for file in info.siblings or ()}
+        ours = model_folder.OURS
         if model_folder.CARD in there:
-            parcel = {**parcel, model_folder.CARD: _with_their_text(api, repo, parcel[model_folder.CARD])}
+            card = _card(api, repo)
+            if made_of(card, json.loads(_bytes(parcel[model_folder.CONFIG]))["robustness"]["base_model"]):
+                new = _bytes(parcel[model_folder.CARD]).decode()
+                parcel = {**parcel, model_folder.CARD: (new if has_own_text(new) else update(card, new)).encode()}
+            else:
+                ours = (*ours, model_folder.LICENSE)
         files = [CommitOperationAdd(name, str(part) if isinstance(part, Path) else part) for name, part in parcel.items()]
-        gone = [CommitOperationDelete(name) for name in model_folder.OURS if name in there and name not in parcel]
+        gone = [CommitOperationDelete(name) for name in ours if name in there and name not in parcel]
         api.create_commit(repo, [*files, *gone], commit_message="Upload a model hardened with robustify")
     except UserError:
         raise
@@ -79,14 +86,14 @@ def push(parcel: Parcel, repo: str, *, private: bool = False) -> str:
     return str(url)
 
 
-def _with_their_text(api: HfApi, repo: str, card: Path | bytes) -> bytes:
-    """The new card with the text of the one on the hub around its section, when it has none of its own."""
-    new = (card.read_bytes() if isinstance(card, Path) else card).decode()
-    if has_own_text(new):
-        return new.encode()
+def _card(api: HfApi, repo: str) -> str:
+    """The card on the hub."""
     with TemporaryDirectory() as folder:
-        old = Path(api.hf_hub_download(repo, model_folder.CARD, local_dir=folder)).read_text(encoding="utf8")
-    return update(old, new).encode()
+        return Path(api.hf_hub_download(repo, model_folder.CARD, local_dir=folder)).read_text(encoding="utf8")
+
+
+def _bytes(part: Path | bytes) -> bytes:
+    return part.read_bytes() if isinstance(part, Path) else part
 
 
 def _explained(error: Exception, repo: str) -> UserError:

@@ -81,6 +81,21 @@ def test_an_older_models_files_go_and_what_a_person_wrote_on_the_hub_stays(hub, 
     assert {"mine/half.json", "notes.txt", "model.safetensors"} <= files.keys()
 
 
+def test_another_base_models_license_and_text_on_the_hub_go(hub, run):
+    card = (run / "model" / "README.md").read_bytes().replace(b"`test_efficientnet`", b"`another`")
+    hub.repos["me/robust"] = {"README.md": card + b"\nCite another.\n", "LICENSE": b"another's", "notes.txt": b"mine"}
+    hub.private["me/robust"] = False
+    done = robustify(hub, "push", run, "me/robust")
+    assert done.returncode == 0, done.stderr
+    files = hub.repos["me/robust"]
+    assert b"Cite another" not in files["README.md"]
+    assert "LICENSE" not in files
+    assert "notes.txt" in files
+    files["LICENSE"] = b"the base model's"
+    assert robustify(hub, "push", run, "me/robust").returncode == 0
+    assert "LICENSE" in files
+
+
 def test_the_license_text_beside_the_model_goes_with_it(run):
     (run / "model" / "LICENSE").write_text("the base model's terms")
     assert pack(run, "me/robust")["LICENSE"] == run / "model" / "LICENSE"
