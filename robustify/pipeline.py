@@ -183,9 +183,9 @@ def _run(
     if world.sharded:
         world.on_main(lambda: check_sharded(recipe))
     world.on_main(lambda: check_run(recipe, model, data, world.size))
-    same_everywhere(world, facts(recipe, model, data))
-    gate(recipe, checkpoint, data, world, tell)
     pool = read_pool(recipe, data) if recipe.data.unlabelled else None
+    same_everywhere(world, facts(recipe, model, data, pool))
+    gate(recipe, checkpoint, data, world, tell)
     if pool is not None and recipe.data.unlabelled_as == "pseudo":
         pool = pseudo_labelled(recipe, model, pool, data.num_classes, world, accelerator.device, tell)
     gallery = Gallery.begin(model, data) if export_it and world.is_main else None

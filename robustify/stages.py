@@ -11,7 +11,7 @@ from torch import Tensor
 from robustify import files
 from robustify.blend import Weights, between, choose, curve, in_words
 from robustify.card_figures import Gallery, draw
-from robustify.data import Data
+from robustify.data import Data, Split, digest
 from robustify.distributed import World
 from robustify.errors import UserError
 from robustify.evaluation import evaluate, model_digest
@@ -30,11 +30,11 @@ from robustify.train import Outcome
 BLEND_IMAGES = 1000  # held-out images on which the point of the line is chosen
 
 
-def facts(recipe: Recipe, model: PixelModel, data: Data) -> dict[str, Any]:
+def facts(recipe: Recipe, model: PixelModel, data: Data, pool: Split | None) -> dict[str, Any]:
     """What must be the same on every machine: settings, weights and images, wherever each has its files."""
     places = ("model.source", "model.models_dir", "data.name", "data.root", "data.unlabelled", "data.workers")
     settings = {name: value for name, value in flat(recipe.to_dict()).items() if name not in places}
-    return settings | {"weights": model_digest(model), "data": data.digest}
+    return settings | {"weights": model_digest(model), "data": data.digest, "unlabelled": pool and digest(pool)}
 
 
 def weights_of(model: PixelModel) -> dict[str, Tensor]:

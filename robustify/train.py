@@ -235,6 +235,8 @@ def train(
             "epochs, at another learning rate (train.lr), or take the last epoch's (train.keep: last)",
             "warning",
         )
+    elif s.keep == "last" and state.best_epoch < state.epoch and not state.collapsed:
+        yield Note(f"robust accuracy fell in the last epoch, so the weights of epoch {state.best_epoch} are kept", "warning")
     _load_best(setup, folder)
     return Outcome(state.step, s.epochs, state.best, state.best_epoch, state.collapsed, state.seconds, state.remedies)
 

@@ -14,7 +14,7 @@ from robustify.data import from_tensors, subset
 from robustify.distributed import make_accelerator
 from robustify.errors import UserError
 from robustify.evaluation import counted
-from robustify.events import Collapsed, EpochEnd, StepEnd
+from robustify.events import Collapsed, EpochEnd, Note, StepEnd
 from robustify.methods import FastAt, FreeAt, Gaat, Mart, MultiNorm, PgdAt, Standard, Trades, Wasserstein
 from robustify.methods.remedies import has_fallen, is_blind, next_remedy, remedied
 from robustify.pixels import PixelModel
@@ -433,6 +433,13 @@ def test_a_collapsed_epoch_is_not_kept_even_where_the_last_one_is(tmp_path, monk
     collapses = [(e.epoch, e.best_epoch) for e in events if isinstance(e, Collapsed)]
     assert collapses == [(3, 2), (4, 2)]
     assert (outcome.best, outcome.best_epoch) == (0.45, 2)
+
+
+def test_a_last_epoch_that_dips_is_not_kept_and_that_is_said(tmp_path, monkeypatch):
+    collapsing(monkeypatch, iter([0.1, 0.6, 0.7, 0.3]), aligned=0.9)
+    outcome, events = run(setup_for(FastAt(), epochs=3, keep="last"), tmp_path)
+    assert (outcome.best_epoch, outcome.collapsed) == (2, False)
+    assert "the weights of epoch 2 are kept" in [e.text for e in events if isinstance(e, Note)][-1]
 
 
 def test_rolled_back_weights_are_the_best_ones_and_the_momentum_is_gone(tmp_path, monkeypatch):
