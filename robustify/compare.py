@@ -43,12 +43,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same n images."""
+    """Two models on the same n images. left_out: rows of both whose attacks had other settings, and which."""
 
     before: str
     after: str
     n: int
     differences: tuple[Difference, ...]
+    left_out: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -62,7 +63,8 @@ class Comparison:
 def compare(reports: Sequence[Report]) -> list[Comparison]:
     """Return each later report against the first, in all rows they share, and in the worst case of each shared threat.
 
-    Raises UserError with fewer than two reports, when they are of other images, or share no row.
+    Rows are shared when the attacks had the same settings. Raises UserError with fewer than two reports, when they are of
+    other images, or share no row.
     """
     if len(reports) < 2:
         raise UserError("one report has nothing to be compared with", "robustify compare BEFORE.json AFTER.json")
@@ -125,7 +127,12 @@ def _pair(before: Report, after: Report) -> Comparison:
     if before.data_digest and after.data_digest:
         _same("digest of the pixels and labels", before.data_digest, after.data_digest)
     theirs = {row.key: row for row in after.rows}
-    shared = [(row, theirs[row.key]) for row in before.rows if row.key in theirs]
+    both = [(row, theirs[row.key]) for row in before.rows if row.key in theirs]
+    shared = [(a, b) for a, b in both if a.settings == b.settings]
+    left_out = tuple(f"{a.key}: {_told(a.settings)} against {_told(b.settings)}" for a, b in both if a.settings != b.settings)
+    if not any(row.threat for row, _ in shared) and left_out:
+        hint = "evaluate both with the same settings, as in --attack pgd:steps=50,restarts=5"
+        raise UserError(f"the reports' attacks had other settings: {'; '.join(left_out)}", hint)
     if not shared:
         raise UserError(
             "the reports share no attack",
@@ -150,7 +157,11 @@ def _pair(before: Report, after: Report) -> Comparison:
         assert held is not None
         assert other is not None
         found.append(_of_verdicts("worst case", was.threat, held, other))
-    return Comparison(before.model_id, after.model_id, n, tuple(found))
+    return Comparison(before.model_id, after.model_id, n, tuple(found), left_out)
+
+
+def _told(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items()) or "none"
 
 
 def _only(report: Report, keys: set[str]) -> Report:

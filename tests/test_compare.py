@@ -145,3 +145,16 @@ def test_the_worst_case_is_over_attacks_that_both_were_measured_with():
     (found,) = compare([strong, weak])
     assert [d.attack for d in found.differences] == ["clean", "fgsm"]
     assert [d.difference for d in found.differences] == [0.0, 0.0]
+
+
+def test_attacks_of_other_settings_are_not_paired():
+    """PGD with 50 steps against PGD with 20 would say of the models what is the attacks'."""
+    before, after = report("small", 1), report("large", 1, scale=1.5)
+    stronger = tuple(dataclasses.replace(row, settings={"steps": 50}) if row.key == PGD else row for row in after.rows)
+    (found,) = compare([before, dataclasses.replace(after, rows=stronger)])
+    assert not [d for d in found.differences if d.attack == "pgd"]
+    assert found.left_out == (f"{PGD}: none against steps=50",)
+    only = [dataclasses.replace(r, rows=tuple(row for row in rows if row.attack in ("clean", "pgd")), distances={})
+            for r, rows in ((before, before.rows), (after, stronger))]  # fmt: skip
+    with pytest.raises(UserError, match="other settings: pgd Linf:8/255: none against steps=50"):
+        compare(only)

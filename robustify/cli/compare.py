@@ -57,6 +57,8 @@ def run(
         return
     first = comparisons[0]
     console.note(f"before: {first.before}; n = {first.n}; differences in points, with 95 % intervals")
+    for left_out in dict.fromkeys(text for found in comparisons for text in found.left_out):
+        console.note(f"not compared, the settings differ: {left_out}")
     console.table([{"model": found.after, **line} for found in comparisons for line in found.table()])
 
 
