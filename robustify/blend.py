@@ -114,8 +114,10 @@ def choose(points: Sequence[Point], max_clean_drop: float | None = None) -> Poin
     return max((point for point in ordered if point.clean >= floor - 1e-9), key=lambda point: point.robust)
 
 
-def in_words(chosen: Point, points: int, n: int, start: str, end: str, max_clean_drop: float | None = None) -> str:
-    """Return which point was chosen, of how many and by what: for a card."""
+def in_words(
+    chosen: Point, points: int, n: int, start: str, end: str, measured: str, max_clean_drop: float | None = None
+) -> str:
+    """Return which point was chosen, of how many and by what: for a card. measured: the attack and its threats."""
     said = f"the weights lie {chosen.alpha:g} of the way from {start} to {end}: of {points} points the most robust on {n} "
     limit = "" if max_clean_drop is None else f" whose clean accuracy is at most {max_clean_drop:g} points lower"
-    return f"{said}held-out images{limit}"
+    return f"{said}held-out images against {measured}{limit}"

@@ -8,22 +8,29 @@ from typing import Any
 import yaml
 
 from robustify.errors import UserError
-from robustify.front_matter import TAGS, WRITTEN
+from robustify.front_matter import HUB_DATASETS, TAGS, WRITTEN
 
 BEGIN, END = "<!-- robustify:begin -->", "<!-- robustify:end -->"
 YOURS = "<!-- Text outside the two robustify markers is yours: it stays when this card is made anew. -->"
 
 
-def update(existing: str, new: str) -> str:
+def update(existing: str, new: str, base: str | None = None) -> str:
     """Return `existing` with its generated section and front matter as in `new`; everything that a person wrote stays.
 
     Of the front matter that is the keys that robustify never writes, and tags of their own: what an older model's
-    card says of its license, base and data is not true of another. A text without markers gets the new section at its
+    card says of its license, base and data is not true of another. base: of the new card; where the older one is of it
+    too, a license and data sets that robustify does not know stay. A text without markers gets the new section at its
     end. Raises UserError when one of the two markers is missing or they are out of order.
     """
     old_head, old_body = _split(existing)
     new_head, new_body = _split(new)
-    head = {**{key: value for key, value in old_head.items() if key not in WRITTEN}, **new_head}
+    kept = {key: value for key, value in old_head.items() if key not in WRITTEN}
+    if base is not None and BEGIN in existing and made_of(existing, base):
+        if "license" not in new_head:
+            kept |= {key: old_head[key] for key in ("license", "license_name") if key in old_head}
+        if not set(old_head.get("datasets") or ()) <= set(HUB_DATASETS.values()):  # not what an older run wrote
+            kept["datasets"] = old_head["datasets"]
+    head = {**kept, **new_head}
     if isinstance(old_head.get("tags"), list):
         head["tags"] = list(dict.fromkeys([*new_head["tags"], *(tag for tag in old_head["tags"] if tag not in TAGS)]))
     section = new_body[new_body.index(BEGIN) : new_body.index(END) + len(END)]
@@ -58,4 +65,6 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
         head = yaml.safe_load(found[1]) or {}
     except yaml.YAMLError as error:
         raise UserError(f"the card's front matter is not valid YAML: {error}", "mend it, or move the card") from None
+    if not isinstance(head, dict):  # a text between two rules
+        return {}, "\n" + text
     return head, "\n" + text[found.end() :].lstrip("\n")

@@ -93,8 +93,9 @@ def card_of(folder: Path, *, place: Path | None = None, hub: str | None = None) 
         half=half,
         figures={file: caption for file, caption in FIGURES.items() if (folder / file).is_file()},
     )
-    older = _older_card(folder, place, read_config(folder)["robustness"]["base_model"])
-    return (update(older, text) if older else text), half[1] if half else after
+    base = read_config(folder)["robustness"]["base_model"]
+    older = _older_card(folder, place, base)
+    return (update(older, text, base) if older else text), half[1] if half else after
 
 
 def made_there(folder: Path, base: str) -> bool:

@@ -71,9 +71,10 @@ def push(parcel: Parcel, repo: str, *, private: bool = False) -> str:
         ours = model_folder.OURS
         if model_folder.CARD in there:
             card = _card(api, repo)
-            if made_of(card, json.loads(_bytes(parcel[model_folder.CONFIG]))["robustness"]["base_model"]):
+            base = json.loads(_bytes(parcel[model_folder.CONFIG]))["robustness"]["base_model"]
+            if made_of(card, base):
                 new = _bytes(parcel[model_folder.CARD]).decode()
-                parcel = {**parcel, model_folder.CARD: (new if has_own_text(new) else update(card, new)).encode()}
+                parcel = {**parcel, model_folder.CARD: (new if has_own_text(new) else update(card, new, base)).encode()}
             else:
                 ours = (*ours, model_folder.LICENSE)
         files = [CommitOperationAdd(name, str(part) if isinstance(part, Path) else part) for name, part in parcel.items()]

@@ -44,7 +44,8 @@ def resolve(
     origins: Origins = {}
     if name:
         try:
-            values = yaml.safe_load(shelf.text(name)) or {}
+            hint = f"a model is named by --model {shlex.quote(name)}; "
+            values = yaml.safe_load(shelf.text(name, hint=hint)) or {}
         except yaml.YAMLError as error:
             raise UserError(f"recipe {name} is not valid YAML: {error}") from None
         if not isinstance(values, dict):

@@ -1,7 +1,7 @@
 """The recipes and accelerate configs that come with robustify, as text. Imports no torch, so that listing them is instant."""
 from __future__ import annotations
 
-import shlex
+from collections.abc import Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -28,8 +28,11 @@ def _in(folder: Traversable) -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def text(name: str) -> str:
-    """The YAML text of a recipe: a file, or the name of one that comes with robustify. Raises UserError."""
+def text(name: str, known: Sequence[str] = (), hint: str = "") -> str:
+    """The YAML text of a recipe: a file, or the name of one that comes with robustify. Raises UserError.
+
+    known: the names to offer for one that is none, those of the recipes unless given. hint: what else it may have meant.
+    """
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
@@ -37,7 +40,7 @@ def text(name: str) -> str:
         return path.read_text(encoding="utf8")
     if name not in names():
         raise UserError(
-            f"no recipe {name!r}.{nearest(name, names())}",
-            f"a model is named by --model {shlex.quote(name)}; recipes: {', '.join(names())}; or the path of a YAML file",
+            f"no recipe {name!r}.{nearest(name, known or names())}",
+            f"{hint}there are: {', '.join(known or names())}; or the path of a YAML file",
         )
     return (files("robustify.recipes") / f"{name}.yaml").read_text(encoding="utf8")

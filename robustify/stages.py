@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from robustify import files
-from robustify.blend import Weights, between, choose, curve, in_words
+from robustify.blend import Weights, between, choose, curve, in_words, quick
 from robustify.card_figures import Gallery, draw
 from robustify.data import Data, Split, digest
 from robustify.distributed import World
@@ -47,12 +47,13 @@ def go_back(
 ) -> str:
     """Leave the model at the most robust point of the line that keeps the clean accuracy asked for. Returns what was done."""
     n, end = min(BLEND_IMAGES, len(data.val)), weights_of(model)
+    threats = withstood(recipe.method, recipe.threat)
     points = curve(
         model,
         start,
         end,
         data.val,
-        withstood(recipe.method, recipe.threat),
+        threats,
         n=n,
         seed=recipe.train.seed,
         batch_size=recipe.eval.batch_size,
@@ -63,7 +64,8 @@ def go_back(
     model.net.load_state_dict(between(start, end, chosen.alpha))
     if world.is_main:
         files.write_json(folder / "blend.json", {"n": n, "points": [asdict(point) for point in points], **asdict(chosen)})
-    said = in_words(chosen, len(points), n, "the loaded", "the trained ones", recipe.train.max_clean_drop)
+    measured = f"{quick(threats)} at {' and '.join(map(str, threats))}"
+    said = in_words(chosen, len(points), n, "the loaded", "the trained ones", measured, recipe.train.max_clean_drop)
     tell(Note(said))
     return said
 

@@ -235,6 +235,25 @@ def test_update_inherits_nothing_from_another_models_card():
     assert not {"license", "base_model", "datasets"} & head(text).keys()
 
 
+def test_update_keeps_a_persons_license_and_data_of_the_same_base():
+    base, unknown = "timm/resnet10t.c3_in1k", config(license=None)
+    data = dataclasses.replace(AFTER, data="folder:birds (0123456789ab)", verdicts={})
+    new = made(config=unknown, after=data)
+    mine = new.replace("library_name: timm", "library_name: timm\nlicense: mit\ndatasets: [me/birds]")
+    assert {key: head(update(mine, new, base))[key] for key in ("license", "datasets")} == {
+        "license": "mit", "datasets": ["me/birds"]
+    }  # fmt: skip
+    assert not {"license", "datasets"} & head(update(mine, new, "another")).keys()
+    assert head(update(mine, made(), base))["license"] == "apache-2.0"
+    assert "datasets" not in head(update(made(), new, base))  # written by the older run, on other data
+
+
+def test_two_rules_are_no_front_matter():
+    text = update("---\nhello\n---\n", made())
+    assert head(text) == head(made())
+    assert "---\nhello\n---\n" in text
+
+
 def test_update_of_cards_without_our_section():
     new = made()
     for old in ("# Mine\n", "---\nlicense: mit\nlanguage: de\n---\n# Mine\n", ""):

@@ -47,7 +47,7 @@ def run(
     """Measure the networks on the line between two, choose one and export it.
 
     The choice is made on held-out images. Where B is a run's folder, what is exported is measured on its test images with
-    its attacks, and gets a card.
+    its attacks, and gets a card, if A is the network that the run began from.
 
     \b
     robustify blend Zhang2019 runs/Zhang2019-wasserstein --max-clean-drop 2 -o zhang-robust
@@ -58,7 +58,7 @@ def run(
 
         from robustify import api, files, model_folder, plots
         from robustify.blend import between, choose, curve, in_words, quick
-        from robustify.blended import export_blended
+        from robustify.blended import begins, export_blended
         from robustify.events import Progress
         from robustify.methods import withstood
         from robustify.threat import ThreatModel
@@ -91,15 +91,18 @@ def run(
         )
         chosen = choose(measured, max_clean_drop)
         model.net.load_state_dict(between(a, b, chosen.alpha))
-        if output is not None and recipe is not None and (place := model_folder.find(end)):
-            said = in_words(chosen, points, count or len(found.val), start, end, max_clean_drop)
+        place = model_folder.find(end) if recipe is not None else None
+        if output is not None and recipe is not None and place is not None and begins(place, first.model):
+            measured_by = f"{used} at {' and '.join(map(str, threats))}"
+            said = in_words(chosen, points, count or len(found.val), start, end, measured_by, max_clean_drop)
             command = options.command(options.typed(context))
             export_blended(
                 checkpoint, first.model, place, recipe, found, said, command, output, force=force, listener=watch
             )
         elif output is not None:
             api.export(checkpoint, output, force=force)
-            console.note(f"no card: {end} is not a run's folder, so no recipe says how it was made")
+            why = f"{end} is not a run's folder" if place is None else f"{start} is not the network that {end} began from"
+            console.note(f"no card: {why}, so it is not known what these weights were made of")
     if figure is not None:
         plots.trade_off(
             figure, {f"{start} to {end}": np.array([[p.alpha, p.clean, p.robust] for p in measured])}, given

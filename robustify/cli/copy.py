@@ -25,7 +25,7 @@ def run(
     robustify copy several-machines machines.yaml
     """
     config = recipe in shelf.configs()
-    text = shelf.config_text(recipe) if config else shelf.text(recipe)
+    text = shelf.config_text(recipe) if config else shelf.text(recipe, [*shelf.names(), *shelf.configs()])
     target = file / f"{Path(recipe).stem}.yaml" if file.is_dir() else file
     if target.suffix not in (".yaml", ".yml"):
         raise UserError(f"such a file ends in .yaml, not {target.name!r}", f"take {target.with_suffix('.yaml')}")

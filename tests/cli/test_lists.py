@@ -75,3 +75,11 @@ def test_a_missing_recipe_file_is_named(robustify, verb):
     ran = robustify(verb, "nowhere/mine.yaml")
     assert ran.code == 2
     assert "no recipe file nowhere/mine.yaml" in ran.err
+
+
+def test_a_name_that_is_none_is_told_of_those_that_are(robustify):
+    ran = robustify("copy", "several-machine", "x.yaml")
+    assert "no recipe 'several-machine'. Did you mean several-machines?" in ran.err
+    ran = robustify("show", "several-machine")
+    assert ran.code == 2
+    assert "--model" not in ran.err

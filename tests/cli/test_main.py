@@ -58,12 +58,13 @@ def test_a_mistake_is_two_lines_and_exit_2(robustify):
     assert (ran.code, ran.out) == (2, "")
     first, second = ran.err.splitlines()
     assert first == "error: no recipe 'quickstrat'. Did you mean quickstart?"
-    assert second.startswith("hint: a model is named by --model quickstrat; recipes: ")
+    assert second.startswith("hint: there are: ")
 
 
 def test_a_mistake_is_json_too_if_asked(robustify):
     ran = robustify("finetune", "nope", "--json")
     assert ran.code == 2
+    assert "a model is named by --model nope; there are: " in ran.err
     assert json.loads(ran.out)["error"].startswith("no recipe 'nope'")
     assert ran.err.startswith("error: no recipe 'nope'")
 

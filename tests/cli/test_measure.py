@@ -53,8 +53,17 @@ def test_data_that_lies_elsewhere_is_asked_for(robustify):
     assert (ran.code, ran.out) == (2, "")
     assert "cifar10-resnet2b2 was made on folder:cifar10_jpeg, and that is not in this folder" in ran.err
     assert "--data folder:PATH/cifar10_jpeg, or name other data of its 10 classes" in ran.err
-    ran = robustify("evaluate", "timm:resnet18:pretrained=false")
-    assert ran.code == 2
+
+
+def test_data_that_nobody_knows_is_asked_for(robustify, finished, tmp_path):
+    shutil.copytree(finished[0] / "model", tmp_path / "mine")
+    config = json.loads((tmp_path / "mine" / "config.json").read_text())
+    del config["robustness"]["dataset"]
+    (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
+    ran = robustify("evaluate", "mine")
+    assert (ran.code, ran.out) == (2, "")
+    assert "which data should mine be measured on?" in ran.err
+    assert "--data folder:PATH, a folder of pictures in 10 classes" in ran.err
 
 
 def test_evaluate_speaks_json(robustify, finished):
