@@ -119,6 +119,11 @@ def whole(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"))
 
 
+def step_of(checkpoint: Path) -> int:
+    """The number of steps made when it was saved."""
+    return int(checkpoint.stem.removeprefix("step-"))
+
+
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint, or None."""
     found = whole(folder)

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from robustify import checkpoints, layers
 from robustify import data as datasets
-from robustify import layers
 from robustify.card_figures import Gallery
 from robustify.data import Data
 from robustify.distributed import World, busy_cores, main_first, make_accelerator
 from robustify.errors import UserError
 from robustify.events import Event, Exported, Listener, Measured, Note, Planned
-from robustify.faults import Termination, peers_watched, same_everywhere, sigterm_noted
+from robustify.faults import Preempted, Termination, peers_watched, same_everywhere, sigterm_noted
 from robustify.inputs import augmentation, gate, load_inputs, prepare_weights
 from robustify.memory import memory_explained
 from robustify.modes import borrowed
@@ -37,7 +37,7 @@ from robustify.sources import Checkpoint
 from robustify.stages import begin, export_hardened, facts, go_back, measure_test, weights_of
 from robustify.step import prepare
 from robustify.threat import ThreatModel
-from robustify.train import Outcome, follow, train
+from robustify.train import Outcome, follow, saved, train
 from robustify.unlabelled import pseudo_labelled, read_pool
 
 
@@ -86,6 +86,8 @@ def finetune(
         accelerator.init_trackers("robustify", simple)
     tell: Listener = listener if world.is_main else lambda event: None
     with peers_watched(world), sigterm_noted() as termination, memory_explained(recipe):
+        if checkpoint_at is not None:
+            termination.saved = saved(checkpoints.step_of(checkpoint_at))
         with main_first(world):
             checkpoint, data = load_inputs(recipe, tell)
         result = _run(
@@ -151,7 +153,10 @@ def harden(
         if out is None:
             with tempfile.TemporaryDirectory() as scratch:
                 place = Path(scratch)
-                result = _run(recipe, checkpoint, data, accelerator, place, None, "", listener, ends, export_it=False)
+                try:
+                    result = _run(recipe, checkpoint, data, accelerator, place, None, "", listener, ends, export_it=False)
+                except Preempted:  # what it says is saved goes with the folder
+                    raise Preempted("nothing is kept without a run folder (out)") from None
                 return replace(result, folder=None)
         at, said = open_run(Path(out), recipe, "never", force), "robustify.harden(...)"
         return _run(recipe, checkpoint, data, accelerator, Path(out), at, said, listener, ends, export_it=True)
@@ -237,6 +242,7 @@ def _run(
         )
     if outcome.remedies:
         after.notes.append(f"robustness collapsed while training, which then went on with {', then '.join(outcome.remedies)}")
+    termination.hold()  # a run that is as good as ended ends well
     if world.is_main:
         save_pair(folder / "report.json", before, after)
         if export_it:

@@ -1,6 +1,7 @@
 """Split: labelled images by index, in memory or read on demand. Who trains or evaluates decides the order."""
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -130,7 +131,8 @@ def batches(split: Split, index_lists: Iterable[Indices], device: torch.device |
     if isinstance(split, Lazy):
         # its own generator, for a loader draws from the global one otherwise
         found = DataLoader(reader, sampler=index_lists, batch_size=None, num_workers=workers,
-                           pin_memory=torch.device(device).type == "cuda", generator=torch.Generator())
+                           pin_memory=torch.device(device).type == "cuda", generator=torch.Generator(),
+                           worker_init_fn=_outlive_sigterm)
     else:
         found = map(reader.__getitem__, index_lists)
     for item in found:
@@ -138,6 +140,11 @@ def batches(split: Split, index_lists: Iterable[Indices], device: torch.device |
             raise item
         raw, y = item
         yield _floats(raw.to(device, non_blocking=True), split.size), y.to(device, non_blocking=True)
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """SIGTERM may come to all processes of a run: a worker reads on for the step in hand, and ends with its parent."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Reader(Dataset):

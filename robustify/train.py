@@ -66,6 +66,8 @@ class LoopState:
         return {**self.__dict__, "sums": dict(self.sums)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "epoch" not in state:
+            raise ValueError("it is an older robustify's, which did not count the epochs that are over")
         self.__dict__.update(state)
 
 
@@ -133,7 +135,7 @@ def train(
     if resume is not None:
         checkpoints.resume(setup, own, resume)
         setup.method = remedied(method, state.remedies)
-        termination.saved = _saved(state.step)
+        termination.saved = saved(state.step)
         yield Note(f"resumed at step {state.step} of {steps}")
     metrics = Metrics(folder / "metrics.jsonl" if world.is_main else None, state.step if resume else None, state.epoch)
     if resume is None:
@@ -179,9 +181,9 @@ def train(
             ended, probe_next = world.any(termination.asked), within + 1 == per_epoch
             if ended or probe_next or (s.checkpoint_steps and state.step % s.checkpoint_steps == 0):
                 checkpoints.save(setup, own, folder / "checkpoints", state.step)
-                termination.saved = _saved(state.step)
+                termination.saved = saved(state.step)
             if ended:
-                raise Preempted(_saved(state.step))
+                raise Preempted(saved(state.step))
         termination.release()
 
         share_statistics(setup)
@@ -225,7 +227,7 @@ def train(
             state.trained_best, state.aligned = score, alignment or 0.0
         checkpoints.save(setup, own, folder / "checkpoints", state.step)
         if world.any(termination.asked):
-            raise Preempted(_saved(state.step))
+            raise Preempted(saved(state.step))
     termination.release()
 
     metrics.close()
@@ -241,7 +243,8 @@ def train(
     return Outcome(state.step, s.epochs, state.best, state.best_epoch, state.collapsed, state.seconds, state.remedies)
 
 
-def _saved(step: int) -> str:
+def saved(step: int) -> str:
+    """Say what is on disk."""
     return f"the state after step {step} is saved"
 
 
@@ -287,7 +290,7 @@ def _measure_upsilon(
         images = batches(train, [part for part in parts if part], device, 0)
         for part in parts:
             if world.any(termination.asked):
-                raise Preempted(_saved(step))
+                raise Preempted(saved(step))
             if part:
                 yield next(images)
 

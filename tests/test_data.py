@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import os
 import pickle
+import signal
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -174,6 +177,19 @@ def test_a_broken_picture_in_a_worker_is_one_clear_message(tmp_path: Path) -> No
     error = refused(lambda: list(batches(split, chunks(len(split), 8), "cpu", workers=1)), str(victim), "cannot read")
     assert "Traceback" not in str(error)
     assert error.hint
+
+
+def test_a_worker_reads_on_after_sigterm_and_ends_with_its_loader() -> None:
+    """Clusters send it to every process; a step that is held still needs its batch."""
+    split = Lazy([torch.full((3, 2, 2), i, dtype=torch.uint8) for i in range(64)], torch.arange(64), torch.arange(64),
+                 (3, 2, 2), (2, 2))
+    found = batches(split, chunks(64, 4), "cpu", workers=1)
+    next(found)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGTERM)
+    assert [y.tolist() for _, y in found] == [list(part) for part in chunks(64, 4)][1:]
+    del found
+    assert worker not in multiprocessing.active_children()
 
 
 def test_subsets_and_chunks() -> None:

@@ -11,16 +11,18 @@ import torch
 import typer
 from helpers import tiny_net, toy_data
 
-from robustify import checkpoints, layers
+from robustify import checkpoints, layers, pipeline
 from robustify import train as loop
 from robustify.cli.ends import explained
 from robustify.data import from_tensors
 from robustify.distributed import make_accelerator
+from robustify.errors import UserError
 from robustify.events import StepEnd
 from robustify.faults import Preempted, sigterm_noted
 from robustify.methods import Wasserstein
 from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
+from robustify.resolve import resolve
 from robustify.sources import weights
 from robustify.step import prepare
 from robustify.threat import ThreatModel
@@ -95,3 +97,50 @@ def test_no_handler_takes_it_for_a_damaged_file(tmp_path, monkeypatch):
     with pytest.raises(typer.Exit) as ended, explained("", lambda: ""), sigterm_noted():
         weights.read(tmp_path / "net.pt")
     assert ended.value.exit_code == 143
+
+
+def test_a_checkpoint_without_the_epochs_that_are_over_is_refused(tmp_path):
+    run(tmp_path)
+    at = checkpoints.latest(tmp_path / "checkpoints")
+    state = torch.load(at, weights_only=True)
+    del state["parts"]["loop"]["epoch"]
+    torch.save(state, at)
+    with pytest.raises(UserError, match=r"cannot resume from .* older robustify") as error:
+        run(tmp_path, at)
+    assert "--resume never" in error.value.hint
+
+
+def test_what_an_earlier_run_saved_is_said_while_a_resumed_one_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "open_run", lambda *given: tmp_path / "checkpoints/step-00000004.pt")
+    monkeypatch.setattr(pipeline, "load_inputs", lambda *given: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Preempted, match="the state after step 4 is saved"):
+        pipeline.finetune(resolve("quickstart", {}, []).recipe, tmp_path)
+
+
+def hardened(**more):
+    data = from_tensors(toy_data(96), toy_data(64, seed=1), toy_data(64, seed=2))
+    settings = {"method": "fast-at", "threat": "Linf:8/255", "epochs": 1, "batch_size": 32, "probe_images": 16}
+    return pipeline.harden(tiny_net(), data, verify=False, attacks=["clean"], **settings, **more)
+
+
+def test_without_a_run_folder_nothing_is_called_saved():
+    def listener(event):
+        if isinstance(event, StepEnd):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Preempted, match=r"^ended by SIGTERM; nothing is kept without a run folder"):
+        hardened(listener=listener)
+
+
+def test_a_run_whose_model_is_written_ends_well(tmp_path, monkeypatch):
+    real = pipeline.clear_state
+
+    def clear_state(folder):
+        if (folder / "model").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(folder)
+
+    monkeypatch.setattr(pipeline, "clear_state", clear_state)
+    hardened(out=tmp_path / "run", listener=lambda event: None)
+    assert (tmp_path / "run/model/config.json").exists()
+    assert not (tmp_path / "run/checkpoints").exists()
