@@ -48,6 +48,7 @@ class LoopState:
 
     best: held-out accuracy of the kept weights, trained_best: of the best epoch trained, aligned: its gradient alignment;
     fallen: whether the last epoch fell from that; sums: of the epoch's losses. epoch: how many are over, with their probe.
+    gradient_bytes: what a process put into the exchange per step, in the last epoch whose steps are made; 0 without one.
     """
 
     step: int = 0
@@ -59,6 +60,7 @@ class LoopState:
     best_epoch: int = 0
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
+    gradient_bytes: float = 0.0
     remedies: tuple[str, ...] = ()
     collapsed: bool = False
 
@@ -179,6 +181,8 @@ def train(
             setup.accelerator.log({"lr": lr, **losses}, step=state.step)
             yield StepEnd(state.step, steps, epoch + 1, lr, losses, seen * world.size / took)
             ended, probe_next = world.any(termination.asked), within + 1 == per_epoch
+            if probe_next:
+                state.gradient_bytes = _bytes_per_step(setup, per_epoch - done)
             if ended or probe_next or (s.checkpoint_steps and state.step % s.checkpoint_steps == 0):
                 checkpoints.save(setup, own, folder / "checkpoints", state.step)
                 termination.saved = saved(state.step)
@@ -200,10 +204,8 @@ def train(
             _save_best(setup, folder)
         means = {key: value / per_epoch for key, value in state.sums.items()}
         extra = setup.tracker.summary() if setup.tracker else {}
-        if world.size > 1 and done < per_epoch:
-            plain = gradient_bytes(setup.model) * setup.exchanges / (per_epoch - done)
-            extra |= {"gradient_bytes_per_step": setup.hook.payload() if setup.hook else plain}
-        setup.exchanges = 0
+        if state.gradient_bytes:
+            extra |= {"gradient_bytes_per_step": state.gradient_bytes}
         if alignment is not None:
             extra |= {"gradient_alignment": alignment}
         state.sums, state.epoch = {}, epoch + 1
@@ -303,6 +305,15 @@ def _measure_upsilon(
         tracker.measure_weighted(found, drawn.weights, drawn.estimate(found, len(train)))
     else:
         tracker.measure(world.gather(gradient_norms(setup.model, mine(chosen), objective, norm)), len(train))
+
+
+def _bytes_per_step(setup: Setup, steps: int) -> float:
+    """What this process has put into the exchange of gradients in each of so many steps; the count begins anew."""
+    plain = gradient_bytes(setup.model) * setup.exchanges / steps
+    setup.exchanges = 0
+    if setup.world.size == 1:
+        return 0.0
+    return setup.hook.payload() if setup.hook else plain
 
 
 def _probe(setup: Setup, probe: Split, batch_size: int) -> tuple[float, float, str]:

@@ -83,6 +83,8 @@ def main(out: Path) -> None:
     }
     run(out / "live, stopped", stop=STOP)
     results["live, stopped"] = run(out / "live, stopped", resume=True)
+    run(out / "live, between", stop=4)  # the first epoch's steps are made, its probe is not
+    results["live, between"] = run(out / "live, between", resume=True)
     run(out / "free, stopped", stop=STOP, free=True, batchnorm="frozen")
     results["free, stopped"] = run(out / "free, stopped", resume=True, free=True, batchnorm="frozen")
     results["slow"] = run(out / "slow", slow=True, epochs=1)

@@ -33,12 +33,18 @@ def results(tmp_path_factory):
     return folder, results
 
 
-@pytest.mark.parametrize("name", ["live, checkpoints", "live, stopped"])
+@pytest.mark.parametrize("name", ["live, checkpoints", "live, stopped", "live, between"])
 def test_neither_checkpoints_nor_a_stop_change_a_bit_with_live_statistics(results, name):
     _, found = results
     assert found[name]["upsilon"] == found["live"]["upsilon"]
     for key, weight in found["live"]["weights"].items():
         assert torch.equal(found[name]["weights"][key], weight), key
+
+
+def test_a_stop_between_an_epochs_steps_and_its_probe_leaves_no_gap_in_the_metrics(results):
+    folder, _ = results
+    whole, between = ((folder / name / "metrics.jsonl").read_text() for name in ("live", "live, between"))
+    assert between == whole
 
 
 @pytest.mark.parametrize("name", ["from one", "from two"])
