@@ -81,10 +81,11 @@ def _filled(template: str, **values: Any) -> str:
 
 
 def _origin(recipe: Mapping[str, Any], before: Report, after: Report) -> Origin:
-    """What the weights are; unchanged where the reports say that they are of the same model."""
-    if before.facts.get("model") and before.facts["model"] == after.facts.get("model"):
-        return "unchanged"
-    return "finetuned" if recipe["model"].get("pretrained", True) else "trained"
+    """What the weights are; as they were where the reports say that they are of the same model."""
+    kept = bool(before.facts.get("model")) and before.facts["model"] == after.facts.get("model")
+    if recipe["model"].get("pretrained", True):
+        return "unchanged" if kept else "finetuned"
+    return "random" if kept else "trained"
 
 
 def _summary(
@@ -94,13 +95,21 @@ def _summary(
     against = f"against adversarial perturbations ({_shown(recipe['threat'])})"
     end = f", {against}." if _adversarial(recipe) else ", which gives no robustness."
     is_a = f"{name} is an image classifier"
+    # of a network that a person's own code made nobody knows what its weights were
+    how = "trained further" if config["architecture"] == "custom" else "fine-tuned"
+    replaced = config["robustness"].get("replaced")
+    newly, but = (" with a new classifier", ", but for a new, random classifier") if replaced else ("", "")
+    kept_nothing = (
+        f"robustify trained them on {data} with the method "
+        f"{method}{f' {against}' if _adversarial(recipe) else ''}, but kept nothing of that training."
+    )
     sentences = {
-        "finetuned": [f"{is_a}: `{base}`, fine-tuned on {data} by robustify with the method {method}{end}"],
+        "finetuned": [f"{is_a}: `{base}`{newly}, {how} on {data} by robustify with the method {method}{end}"],
         "trained": [f"{is_a}: `{base}`, trained from random weights on {data} by robustify with the method {method}{end}"],
         "unchanged": [
-            f"{is_a} with the weights of `{base}` as they were: robustify trained them on {data} with the method "
-            f"{method}{f' {against}' if _adversarial(recipe) else ''}, but kept nothing of that training."
+            f"{is_a} with the weights of `{base}` as they were{but}: {kept_nothing}"
         ],
+        "random": [f"{is_a}: `{base}` with random weights: {kept_nothing}"],
     }[origin]
     old = {found.threat: found for found in before.per_threat()} if origin == "finetuned" else {}
     if after.clean:
@@ -255,7 +264,7 @@ def _hours(seconds: float) -> str:
 
 def _license(config: Mapping[str, Any], origin: Origin) -> str:
     base_id, license = config["robustness"]["base_model"], config["pretrained_cfg"].get("license")
-    if origin == "trained":
+    if origin in ("trained", "random"):
         stated = f"Its license is {license}." if license else "No license is stated: ask its maker before you share it."
         return f"There is no base model: `{base_id}` names the architecture. {stated}"
     link = (published_row(base_id) or {}).get("link")

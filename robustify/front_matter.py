@@ -11,8 +11,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from robustify.methods import METHODS
 from robustify.report import Headline, Report, Row, plain
 
-# what the weights are: a base model's trained further, trained from random ones, or a base model's as they were
-Origin = Literal["finetuned", "trained", "unchanged"]
+# what the weights are: a base model's trained further, trained from random ones, or as they were before: a base model's, random
+Origin = Literal["finetuned", "trained", "unchanged", "random"]
 HUB_DATASETS = {
     "cifar10": "uoft-cs/cifar10",
     "cifar100": "uoft-cs/cifar100",
@@ -48,7 +48,8 @@ def front_matter(
         facts = {"license": known} if known in HUB_LICENSES else {"license": "other", "license_name": known}
     if origin == "finetuned" and HUB_ID.match(config["robustness"]["base_model"]):
         facts |= {"base_model": config["robustness"]["base_model"], "base_model_relation": "finetune"}
-    hardened = origin != "unchanged" and METHODS[method].adversarial
+    changed = origin in ("finetuned", "trained")
+    hardened = changed and METHODS[method].adversarial
     card = ModelCardData(
         library_name="pytorch" if config["architecture"] == "custom" else "timm",
         pipeline_tag="image-classification",
@@ -58,7 +59,7 @@ def front_matter(
             "image-classification",
             *(["adversarial-robustness"] if hardened else []),
             "robustify",
-            *([method] if origin != "unchanged" else []),
+            *([method] if changed else []),
         ],
         model_name=name,
         eval_results=_results(listed),

@@ -137,6 +137,8 @@ def export_hardened(
             "threat": threat and threat.spec,
             "dataset": data.name,
             "method": recipe.method.name,
+            "pretrained": recipe.model.pretrained,
+            "replaced": checkpoint.replaced,
             "recipe": recipe.digest,
             "report": reports[1].digest(),
             "training": _cost(recipe, outcome),

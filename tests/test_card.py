@@ -423,6 +423,24 @@ def test_a_run_that_kept_its_start_hardened_nothing():
     assert "adversarial-robustness" not in head(update(other, text))["tags"]  # nor inherited from the card before it
 
 
+def test_what_the_weights_are_is_not_overstated():
+    same = {"facts": {"model": "0123456789abcdef"}}
+    kept = {"before": report(20, 0.7, **same), "after": report(20, 0.7, **same)}
+    random = {**RECIPE, "model": {"source": "resnet10t", "pretrained": False}}
+    text = made(recipe=random, **kept)
+    assert "`timm/resnet10t.c3_in1k` with random weights: robustify trained them" in text
+    assert "There is no base model" in text
+    assert "as they were" not in text
+    assert head(text)["tags"] == ["image-classification", "robustify"]
+    replaced = config()
+    replaced["robustness"]["replaced"] = 1000
+    assert "c3_in1k` as they were, but for a new, random classifier: " in made(config=replaced, **kept)
+    assert "`timm/resnet10t.c3_in1k` with a new classifier, fine-tuned on" in made(config=replaced)
+    own = made(config=config(arch="custom", base_model="MyNet", license=None))
+    assert "`MyNet`, trained further on cifar10" in own
+    assert "fine-tuned" not in own
+
+
 def of_two_norms(seed: int) -> Report:
     held = np.random.default_rng(seed).random((3, 50)) < 0.6
     verdicts = {key: held[i] for i, key in enumerate(("clean", f"pgd {LINF}", "pgd L2:0.5"))}
