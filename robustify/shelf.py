@@ -1,7 +1,6 @@
 """The recipes and accelerate configs that come with robustify, as text. Imports no torch, so that listing them is instant."""
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -28,7 +27,7 @@ def _in(folder: Traversable) -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def text(name: str, known: Sequence[str] = (), hint: str = "") -> str:
+def text(name: str, known: list[str] | None = None, hint: str = "") -> str:
     """The YAML text of a recipe: a file, or the name of one that comes with robustify. Raises UserError.
 
     known: the names to offer for one that is none, those of the recipes unless given. hint: what else it may have meant.
