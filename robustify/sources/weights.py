@@ -80,6 +80,8 @@ def read(path: Path, allow_pickle: bool = False) -> dict[str, Tensor]:
         "empty": "is empty",
         "unknown": "is neither a safetensors nor a PyTorch file",
     }
+    if found == "unknown":  # it may well be a good file of another kind, such as a report
+        raise UserError(f"{path} {wrong[found]}", "name a model's folder or its weight file; robustify compare reads reports")
     raise UserError(f"{path} {wrong[found]}", "delete it and put the real file there")
 
 

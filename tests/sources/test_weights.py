@@ -70,6 +70,7 @@ def test_not_a_weight_file(tmp_path, content, said):
     with pytest.raises(UserError, match=said) as error:
         weights.read(path)
     assert str(path) in error.value.message
+    assert ("delete it" in str(error.value.hint)) == (said != "neither")  # it may be a good file of another kind
 
 
 @pytest.mark.parametrize("save", [
