@@ -105,6 +105,7 @@ def evaluate(
     pixel_model, checkpoint = _pixel_model(model, mean, std)
     threats = [ThreatModel.parse(t) for t in ([threat] if isinstance(threat, str | ThreatModel) else threat)]
     images, name, classes = _images(data, split, checkpoint, seed, listener)
+    split_name = data.test_name if isinstance(data, Data) and split == "test" else split
     if checkpoint and classes and classes != checkpoint.num_classes:
         message = f"{checkpoint.base_id} has {checkpoint.num_classes} classes, {name} has {classes}"
         raise UserError(message, "take data of the same classes")
@@ -126,7 +127,7 @@ def evaluate(
         world=world,
         tell=tell,
         data_name=name,
-        split_name=split,
+        split_name=split_name,
         check=check,
         fast_search=fast_search,
         resume_folder=Path(resume_folder) if resume_folder else None,
@@ -232,7 +233,9 @@ def _measure_rounding(checkpoint: Checkpoint, data: Any, n: int, listener: Liste
 
 
 def split_named(data: Data, name: str) -> Split:
-    """Return one of the data's splits. Raises UserError for a name that is none."""
+    """Return one of the data's splits, the test images also by what reports call them. Raises UserError for other names."""
+    if name == data.test_name:
+        return data.test
     if name not in SPLITS:
         raise UserError(f"unknown split {name!r}", f"splits: {', '.join(SPLITS)}")
     return getattr(data, name)

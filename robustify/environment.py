@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("robustify", "torch", "timm", "pyautoattack")  # whose versions decide what a verdict is
+UNKNOWN = "unknown"  # the version of what is not installed as a package
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
@@ -27,7 +28,12 @@ def version_of(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "unknown"
+        return UNKNOWN
+
+
+def released(version: str) -> str:
+    """Return a version as package indexes have it: 2.6.0 of 2.6.0+cu121."""
+    return version.partition("+")[0]
 
 
 def _processor() -> str:

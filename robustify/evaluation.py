@@ -113,6 +113,7 @@ def evaluate(
         "n": len(run.chosen),
         "seed": seed,
         "batch_size": batch_size,
+        "threats": [threat.spec for threat in several],
         "attacks": [f"{spec} {threat.spec}" for _, spec, threat in plan],
         "fast_search": fast_search,
         "keep_adversarials": keep_adversarials,

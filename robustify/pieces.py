@@ -8,6 +8,8 @@ import json
 import re
 import shlex
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import numpy as np
 
 from robustify import files
 from robustify.distributed import World
-from robustify.environment import PACKAGES
+from robustify.environment import PACKAGES, UNKNOWN, released
 from robustify.errors import UserError
 
 Arrays = Mapping[str, np.ndarray]
@@ -104,12 +106,17 @@ def same_facts(known: Facts, facts: Facts, place: str, hint: str) -> None:
 
 def _same_facts(folder: Path, facts: Facts) -> None:
     known = facts_of(folder)
-    packages = [f"'{name}=={known[name]}'" for name in PACKAGES if name in known and known[name] != facts.get(name)]
+    versions = {name: (released(known.get(name, UNKNOWN)), released(facts.get(name, UNKNOWN))) for name in PACKAGES}
+    packages = [f"'{name}=={then}'" for name, (then, now) in versions.items() if then not in (now, UNKNOWN)]
     install = f": pip install {' '.join(packages)}" if packages else ""
     hint = f"go on with what it was begun with{install}; or begin anew: rm -r {shlex.quote(str(folder))}"
     same_facts(known, facts, str(folder), hint)
 
 
 def _read(path: Path) -> Arrays:
-    with np.load(path) as found:
-        return {name: found[name] for name in found.files}
+    try:
+        with np.load(path) as found:
+            return {name: found[name] for name in found.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        hint = f"it is damaged: rm {shlex.quote(str(path))} and go on, or evaluate again if the evaluation had ended"
+        raise UserError(f"{path} cannot be read: {error}", hint) from error

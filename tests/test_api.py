@@ -9,7 +9,8 @@ from helpers import tiny_net, toy_data
 from torch import nn
 
 import robustify
-from robustify import pixels
+from robustify import api, pixels
+from robustify.data import from_tensors
 from robustify.errors import UserError
 
 X, Y = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 10
@@ -44,6 +45,17 @@ def test_evaluate_takes_a_checkpoint_and_a_name():
     assert (report.rows[0].n, report.split) == (30, "val")
     assert report.data.startswith("digits (")
     assert told
+
+
+def test_held_out_test_images_are_called_so_by_every_report():
+    """As by those of a run, with which they may then be compared; the name finds them again."""
+    data = from_tensors((X, Y))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    report = robustify.evaluate(net, data, attacks=["clean"])
+    assert report.split == data.test_name == "held-out"
+    assert api.split_named(data, report.split) is data.test
+    assert robustify.evaluate(net, data, attacks=["clean"], split="held-out").split == "held-out"
+    assert robustify.evaluate(net, data, attacks=["clean"], split="val").split == "val"
 
 
 def test_default_attacks_are_those_that_know_the_norm():

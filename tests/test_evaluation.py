@@ -221,6 +221,13 @@ def searches(kept: Path) -> list[pieces.Arrays]:
     return [piece for piece in pieces.pieces_of(kept, {}) if str(piece["row"]).startswith("flips")]
 
 
+def rewrite(path: Path, **changes) -> None:
+    """Change arrays of a stored piece, each by its function."""
+    with np.load(path) as arrays:
+        piece = dict(arrays)
+    np.savez_compressed(path, **{**piece, **{name: change(piece[name]) for name, change in changes.items()}})
+
+
 def forged(report: Report, key: str) -> Report:
     """The report with all verdicts of a row turned round."""
     verdicts = {**report.verdicts, key: ~report.verdicts[key]}
@@ -244,19 +251,61 @@ def test_only_the_images_of_this_report_are_checked(model, split, tmp_path):
 def test_stored_images_must_keep_their_budget_and_be_there(model, split, tmp_path):
     report, kept = kept_evaluation(model, split, tmp_path)
 
-    def changed(pattern: str, change) -> None:
-        path = next(kept.glob(pattern))
-        with np.load(path) as arrays:
-            piece = dict(arrays)
-        np.savez_compressed(path, **{**piece, "x_adv": change(piece["x_adv"])})
-
-    changed("flips*.npz", lambda x_adv: 0.5 * x_adv)
+    rewrite(next(kept.glob("flips*.npz")), x_adv=lambda x_adv: 0.5 * x_adv)
     assert recheck(model, split, report, kept)[report.rows[-1].key] > 0
     next(kept.glob("fgsm*.npz")).unlink()
     assert recheck(model, split, report, kept)[report.rows[1].key] > 0
-    changed("w-pgd*.npz", lambda x_adv: 1 - x_adv)
+    rewrite(next(kept.glob("w-pgd*.npz")), x_adv=lambda x_adv: 1 - x_adv)
     with pytest.raises(UserError, match=r"w-pgd.*budget"):
         recheck(model, split, report, kept)
+
+
+def test_a_published_number_is_checked_too(model, split, tmp_path):
+    """What a knapsack's distances buy, how far pointwise flips went, and the budget of the row, not of the piece."""
+    report, kept = kept_evaluation(model, split, tmp_path)
+    knapsack, pgd = report.rows[-1], report.rows[2]
+    rows = [*report.rows[:-1], dataclasses.replace(knapsack, correct=knapsack.n)]
+    assert recheck(model, split, dataclasses.replace(report, rows=rows), kept)[knapsack.key] == knapsack.n
+    nearer = {**report.distances, pgd.key: report.distances[pgd.key] / 2}
+    moved = int((np.isfinite(report.distances[pgd.key]) & (report.distances[pgd.key] > 0)).sum())
+    assert moved > 0
+    assert recheck(model, split, dataclasses.replace(report, distances=nearer), kept)[pgd.key] == moved
+    rewrite(next(kept.glob("pgd*.npz")), x_adv=lambda x_adv: 1 - x_adv, threat=lambda threat: np.array("Linf:1"))
+    with pytest.raises(UserError, match=r"pgd.*budget"):
+        recheck(model, split, report, kept)
+
+
+def test_images_that_cannot_be_read_are_named(model, split, tmp_path):
+    """Cut off, of older code, not kept, or of a report without distances."""
+    report, kept = kept_evaluation(model, split, tmp_path)
+    with pytest.raises(UserError, match=f"no distances of {report.rows[1].key}"):
+        recheck(model, split, dataclasses.replace(report, distances={}), kept)
+    path = next(kept.glob("pgd*.npz"))
+    whole = path.read_bytes()
+    for name in ("norm", "x_adv"):
+        with np.load(path) as arrays:
+            np.savez_compressed(path, **{key: value for key, value in arrays.items() if key != name})
+        with pytest.raises(UserError, match=f"{name}.* cannot be read|cannot be read.*{name}") as refused:
+            recheck(model, split, report, kept)
+        assert refused.value.hint == "evaluate again and keep them"
+        path.write_bytes(whole)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"pgd.*npz cannot be read") as refused:
+        recheck(model, split, report, kept)
+    assert "evaluate again" in refused.value.hint
+    path.write_bytes(whole)
+    alone = evaluate(model, split, ATTACKS[-1:], THREAT, batch_size=BATCH, keep_adversarials=True, resume_folder=tmp_path / "a")
+    for path in (tmp_path / "a").glob("*.npz"):
+        path.unlink()
+    assert recheck(model, split, alone, tmp_path / "a")[alone.rows[-1].key] > 0
+
+
+def test_another_threat_is_another_evaluation(model, split, tmp_path):
+    """Also where only a surrogate's transfer is under a threat."""
+    surrogate = ("other", tiny_net(seed=1))
+    report = evaluate(model, split, ["clean"], THREAT, surrogate=surrogate)
+    with pytest.raises(UserError, match="another threats"):
+        evaluate(model, split, ["clean"], ThreatModel.parse("Linf:4/255"), surrogate=surrogate, finished=report)
 
 
 def test_a_surrogates_flips_are_bought_and_its_passes_counted(model, split, half_blind):
@@ -284,6 +333,16 @@ def test_an_evaluation_does_not_go_on_with_other_versions_or_another_device(mode
             measured(model, split, resume_folder=tmp_path / "partial")
         assert hint in refused.value.hint
         assert "rm -r" in refused.value.hint
+    installs = [("unknown", "2.1", ""), ("2.1+cu121", "2.1", ""), ("2.1+cu121", "2.0", "pip install 'torch==2.1'")]
+    for known, here, install in installs:
+        folder = tmp_path / f"{known} {here}"
+        monkeypatch.setattr(evaluation, "environment", lambda device, known=known: {**real, "torch": known})
+        measured(model, split, resume_folder=folder)
+        monkeypatch.setattr(evaluation, "environment", lambda device, here=here: {**real, "torch": here})
+        with pytest.raises(UserError, match="another torch") as refused:
+            measured(model, split, resume_folder=folder)
+        assert install in refused.value.hint
+        assert ("pip install" in refused.value.hint) == bool(install)
     finished = measured(model, split)
     monkeypatch.setattr(evaluation, "environment", lambda device: {**real, "torch": "1.0"})
     assert measured(model, split, finished=finished) is finished  # whole, and it says of which versions it is

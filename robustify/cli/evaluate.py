@@ -14,6 +14,7 @@ from robustify.errors import UserError
 
 if TYPE_CHECKING:
     from robustify.data import Data
+    from robustify.events import Event
     from robustify.recipe import Recipe
     from robustify.sources import Checkpoint
 
@@ -100,9 +101,20 @@ def run(
     partial = world.on_main(lambda: _partial(output, resume, force, keep))
     ended = output is not None and output.exists() and not force and not (partial and partial.exists())
     recipe = recipe_of(source)
+
+    def stored() -> str:
+        if partial is None:
+            return "nothing is kept without -o FILE"
+        return "finished batches are kept" if partial.exists() else "nothing is kept yet"
+
     stopped = ends.explained("finished batches are kept", goes_on)
     with stopped, peers_watched(world), sigterm_noted() as ending, batches_explained(batch_size), console.Watch() as watch:
-        ending.saved = "finished batches are kept" if partial else "nothing is kept without -o FILE"
+
+        def heard(event: Event) -> None:
+            ending.saved = stored()
+            watch(event)
+
+        ending.saved = stored()
         checkpoint, found = load(source, data, recipe, models_dir, allow_pickle, seed, watch)
         checkpoint.model.to(accelerator.device)
         if world.size > 1:
@@ -125,7 +137,7 @@ def run(
             finished=Report.load(output) if ended and output else None,
             surrogate=other or None,
             world=world,
-            listener=watch,
+            listener=heard,
         )
     for note in report.notes:
         console.note(note)

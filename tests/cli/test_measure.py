@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shlex
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from robustify import pointwise
+from robustify.cli import evaluate
 from robustify.intervals import percent
 from robustify.report import Report, load_pair
 
@@ -303,6 +305,20 @@ def test_kept_images_reproduce_the_verdicts(robustify, tmp_path):
     ran = robustify("evaluate", "digits", "--recheck", "report.json")
     assert ran.code == 2
     assert "verdicts of report.json are missing" in ran.err
+
+
+def test_what_is_ended_before_anything_is_stored_says_so(robustify, tmp_path, monkeypatch):
+    def ended(*_):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(evaluate, "load", ended)
+    ran = robustify("evaluate", "digits", *FEW, "-o", "report.json")
+    assert ran.code == 143
+    assert "nothing is kept yet" in ran.err
+    assert "batches are kept" not in ran.err
+    (tmp_path / "report.json.partial").mkdir()
+    ran = robustify("evaluate", "digits", *FEW, "-o", "report.json", "--resume")
+    assert "finished batches are kept" in ran.err
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
