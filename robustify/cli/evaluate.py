@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +16,6 @@ from robustify.errors import UserError
 
 if TYPE_CHECKING:
     from robustify.data import Data
-    from robustify.events import Event
     from robustify.recipe import Recipe
     from robustify.sources import Checkpoint
 
@@ -77,7 +78,7 @@ def run(
         from robustify import api, curves, pieces, plots
         from robustify.distributed import World, make_accelerator
         from robustify.evaluation import model_digest
-        from robustify.faults import peers_watched, same_everywhere, sigterm_noted
+        from robustify.faults import Preempted, peers_watched, same_everywhere, sigterm_noted
         from robustify.launch import Layout, launched, relaunch
         from robustify.memory import batches_explained
         from robustify.report import Report
@@ -102,19 +103,16 @@ def run(
     ended = output is not None and output.exists() and not force and not (partial and partial.exists())
     recipe = recipe_of(source)
 
-    def stored() -> str:
-        if partial is None:
-            return "nothing is kept without -o FILE"
-        return "finished batches are kept" if partial.exists() else "nothing is kept yet"
+    @contextmanager
+    def stored_told() -> Iterator[None]:
+        try:
+            yield
+        except Preempted:
+            kept_now = "finished batches are kept" if partial and partial.exists() else "nothing is kept yet"
+            raise Preempted(kept_now if partial else "nothing is kept without -o FILE") from None
 
     stopped = ends.explained("finished batches are kept", goes_on)
-    with stopped, peers_watched(world), sigterm_noted() as ending, batches_explained(batch_size), console.Watch() as watch:
-
-        def heard(event: Event) -> None:
-            ending.saved = stored()
-            watch(event)
-
-        ending.saved = stored()
+    with stopped, peers_watched(world), sigterm_noted(), stored_told(), batches_explained(batch_size), console.Watch() as watch:
         checkpoint, found = load(source, data, recipe, models_dir, allow_pickle, seed, watch)
         checkpoint.model.to(accelerator.device)
         if world.size > 1:
@@ -137,7 +135,7 @@ def run(
             finished=Report.load(output) if ended and output else None,
             surrogate=other or None,
             world=world,
-            listener=heard,
+            listener=watch,
         )
     for note in report.notes:
         console.note(note)
