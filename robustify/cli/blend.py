@@ -91,6 +91,8 @@ def run(
         )
         chosen = choose(measured, max_clean_drop)
         model.net.load_state_dict(between(a, b, chosen.alpha))
+        if chosen.alpha == 0:
+            console.note(f"warning: the start itself is chosen: nothing of {end} is in it")
         place = model_folder.find(end) if recipe is not None else None
         if output is not None and recipe is not None and place is not None and begins(place, first.model):
             measured_by = f"{used} at {' and '.join(map(str, threats))}"

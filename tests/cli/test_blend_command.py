@@ -67,6 +67,7 @@ def test_a_line_that_ends_at_no_run_gets_no_card(robustify, tmp_path):
     ran = robustify("blend", "digits", "digits", "--points", "2", "--n", "10", "-o", "blended")
     assert ran.code == 0, ran.err
     assert "no card: digits is not a run's folder" in ran.err
+    assert "warning: the start itself is chosen: nothing of digits is in it" in " ".join(ran.err.split())
     assert not (tmp_path / "blended" / "README.md").exists()
 
 
