@@ -280,6 +280,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 def table(rows: list[dict[str, Any]], part: str, network: str) -> str:
     """One line a trial: means over the seeds, the interval of the mean at n images, and the spread of the seeds."""
     mine = [row for row in rows if row["part"] == part and row["network"] == network]
@@ -349,8 +354,7 @@ def main() -> None:
                     if key(row) in {key(done) for done in read(path)} or (trial.epochs == 0 and seed):
                         continue
                     found = run(part, name, replace(trial, epochs=trial.epochs * given.epochs), seed, start, data, given)
-                    with path.open("a") as file:
-                        file.write(json.dumps(found) + "\n")
+                    append(path, found)
                     figures = f"clean {found['clean']:.3f}, robust {found['robust']:.3f}, {found['train_seconds']:.0f} s"
                     print(f"{' '.join(map(str, key(row)))}: {figures}", file=sys.stderr, flush=True)
     rows = read(path)

@@ -14,7 +14,6 @@ with compressed gradients. A finished run is a line of OUT.jsonl and is not run 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from field import fit, read
+from field import append, fit, read
 from torch import nn
 
 from robustify import data as datasets
@@ -214,8 +213,7 @@ def main() -> None:
         row = run(line, rate, given.compress, seed, data, given)
         rows.append(row)
         if os.environ.get("RANK", "0") == "0":
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append(path, row)
             said = ", ".join(f"{key} {row[key]:.3f}" for key in ("val", "clean", "robust"))
             print(
                 f"{line.label} {rate:g} {given.compress} seed {seed}: {said}, {row['seconds']:.0f} s",

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import statistics
 import sys
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 from distributional import assets
-from field import fit, read
+from field import append, fit, read
 from large_batch import difference, held
 
 from robustify import data as datasets
@@ -46,7 +45,6 @@ from robustify.unlabelled import pseudo_labelled, read_pool
 
 SHARE = 0.5
 WAYS = ("labels alone", "pseudo", "consistency", "all labels")
-METHOD_NAMES = ("trades", "wasserstein")
 ATTACKS = {"trades": ("apgd-ce:steps=20", "apgd-t:steps=20,targets=3"), "wasserstein": ("w-pgd:steps=20",)}
 
 
@@ -150,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=CASES, default="digits")
     parser.add_argument("--data", default="digits", help="as in robustify finetune --data: the network's pictures")
-    parser.add_argument("--methods", nargs="*", choices=METHOD_NAMES, default=list(METHOD_NAMES))
+    parser.add_argument("--methods", nargs="*", choices=ATTACKS, default=list(ATTACKS))
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
     parser.add_argument("--labels", type=int, default=400, help="half of them held out, to choose the epoch")
     parser.add_argument("--steps", type=int, default=200)
@@ -169,8 +167,7 @@ def main() -> None:
         for name, way in todo:
             assert model is not None
             row = run(name, way, model, data, seed, given)
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append(path, row)
             print(f"{name} {way} seed {seed}: clean {row['clean']:.3f}, robust {row['robust']:.3f}, {row['seconds']:.0f} s",
                   file=sys.stderr, flush=True)  # fmt: skip
     print(table(read(path)))

@@ -212,7 +212,7 @@ def export(
         half=half,
         force=force,
         class_names=config.get("label_names") or (),
-        robustness={k: v for k, v in (config.get("robustness") or {}).items() if k != "formats"},  # of the older files
+        robustness=model_folder.robustness_of(config),
         finish=finish,
     )
 

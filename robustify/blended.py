@@ -13,7 +13,7 @@ from robustify.distributed import World, make_accelerator
 from robustify.evaluation import model_digest
 from robustify.events import Listener
 from robustify.export import export
-from robustify.model_folder import CARD, LICENSE, RECIPE, REPORT, belongings, read_config, write_card
+from robustify.model_folder import CARD, LICENSE, RECIPE, REPORT, belongings, read_config, robustness_of, write_card
 from robustify.pixels import PixelModel
 from robustify.recipe import Recipe
 from robustify.report import load_pair, save_pair
@@ -57,7 +57,7 @@ def export_blended(
     after = measure_test(recipe, checkpoint, checkpoint.model, data, world, "after", listener)
     after.notes.append(without_home(said))
     after.notes.extend([f"Of the run at the line's end: {note}" for note in end.notes if note not in after.notes])
-    origin = {key: value for key, value in config["robustness"].items() if key != "formats"}
+    origin = robustness_of(config)
     recipe_text = f"# {command}\n{kept[RECIPE].read_text(encoding='utf8')}"
 
     def finish(stage: Path) -> None:

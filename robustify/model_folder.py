@@ -129,6 +129,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     raise UserError(f"{folder} is not the folder of a model that robustify made", hint)
 
 
+def robustness_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a config.json says under `robustness` that is true of the model anew exported: not of its older formats."""
+    return {key: value for key, value in (config.get("robustness") or {}).items() if key != "formats"}
+
+
 def _beside(folder: Path, place: Path | None = None) -> Path:
     """Where the recipe and the report of a model's folder are: in it, or above a run's model/."""
     place = place or folder
