@@ -49,11 +49,19 @@ NETWORKS = {
 UNNORMALISED = ("resnet2b_adv2", "cnn_a_adv2", "mnist_trades")
 _W = {"name": "wasserstein", "steps": 7}
 _OURS = {**_W, "adversary": "random-radius"}
+_TRADES = {"name": "trades", "steps": 7}
+
+
+def _budget(**settings: Any) -> dict[str, Any]:
+    return {"method": {**_W, "adversary": {"name": "budget", **settings}}}
+
+
+# radius: of pointwise TRADES and of W_inf, in units of delta; what else is not the method is a setting of `harden`
 ARMS: dict[str, dict[str, Any]] = {
-    "trades": {"method": {"name": "trades", "steps": 7}},
+    "trades": {"method": _TRADES},
     "wasserstein": {"method": _OURS},
     "wasserstein-ce": {"method": {**_OURS, "inner_loss": "ce"}},
-    "wasserstein-budget": {"method": {**_W, "adversary": "budget"}},
+    "wasserstein-budget": _budget(),
     "wasserstein-batch": {"method": {**_W, "adversary": "batch"}},
     "wasserstein-dual": {"method": {**_W, "adversary": "dual"}},
     "wasserstein-knapsack": {"method": {**_W, "adversary": "knapsack"}},
@@ -61,8 +69,32 @@ ARMS: dict[str, dict[str, Any]] = {
     "same-radius": {"method": {**_OURS, "adversary": {"name": "random-radius", "stop_at_flip": False}}, "p": math.inf},
     "same-radius-stopped": {"method": _OURS, "p": math.inf},
     "not-stopped": {"method": {**_OURS, "adversary": {"name": "random-radius", "stop_at_flip": False}}},
-    "trades-last": {"method": {"name": "trades", "steps": 7}, "layers": "last"},
+    "trades-last": {"method": _TRADES, "layers": "last"},
     "wasserstein-last": {"method": _OURS, "layers": "last"},
+    # the trade-off by the method's own weights instead of the line
+    "trades-narrow": {"method": _TRADES, "radius": 1.4},
+    "trades-beta3": {"method": {**_TRADES, "beta": 3}},
+    "trades-beta12": {"method": {**_TRADES, "beta": 12}},
+    "wasserstein-beta3": {"method": {**_OURS, "beta": 3}},
+    "wasserstein-beta12": {"method": {**_OURS, "beta": 12}},
+    # the protocol
+    "trades-ema": {"method": _TRADES, "ema": 0.995},
+    "wasserstein-ema": {"method": _OURS, "ema": 0.995},
+    "wasserstein-reinit": {"method": _OURS, "init": "reinit"},
+    "wasserstein-noise": {"method": _OURS, "init": "noise"},
+    "wasserstein-last-reinit": {"method": _OURS, "layers": "last", "init": "reinit"},
+    # Upsilon's rules and the budgets' loss; wasserstein-budget is `window`, redlr, cap 3
+    "budget-epoch": _budget(upsilon="epoch", images=None),
+    "budget-epoch-2048": _budget(upsilon="epoch"),
+    "budget-every-50": _budget(upsilon="every", every=50),
+    "budget-importance-50": _budget(upsilon="importance", every=50),
+    "budget-ema": _budget(upsilon="ema"),
+    "budget-ce": _budget(loss="ce"),
+    "budget-dlr": _budget(loss="dlr"),
+    "budget-smooth": _budget(smooth=0.1),
+    "budget-uncapped": _budget(cap=None),
+    "budget-rescaled": _budget(rescale=True),
+    "budget-tempered": _budget(temperature=0.5, rescale=True),
 }
 SEARCH = {"steps": 20, "targets": 3, "restarts": 1}  # of the test images: 80 passes an image
 FURTHEST = 3.0  # of the table's largest radius: no adversary of these buys flips beyond
@@ -107,7 +139,8 @@ def run(given: argparse.Namespace, name: str, arm: str, seed: int, network: nn.M
     begin = time.perf_counter()
     spec = dict(ARMS[arm])
     pointwise = spec["method"]["name"] == "trades"
-    same = ThreatModel("Linf", 2 * delta, spec.pop("p", None))  # of every image: the pointwise ball, or W_inf
+    # of every image: the pointwise ball, or W_inf
+    same = ThreatModel("Linf", spec.pop("radius", 2.0) * delta, spec.pop("p", None))
     result = harden(
         copy.deepcopy(network),
         data,
