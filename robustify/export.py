@@ -3,12 +3,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -81,10 +84,10 @@ def export(
 
     state = _state(net, half)
     config = _config(checkpoint, original, state, x, class_names, robustness)
-    weights = safetensors.torch.save(state, _head(checkpoint, metadata))
+    needed = sum(value.nbytes for value in state.values())
     foreign = () if made_there(target, config["robustness"]["base_model"]) else (LICENSE,)
-    with files.staged_folder(target, needed=len(weights), drop=(*OURS, *foreign), force=force) as stage:
-        files.write_bytes(stage / WEIGHTS, weights)
+    with files.staged_folder(target, needed=needed, drop=(*OURS, *foreign), force=force) as stage:
+        _write_weights(stage / WEIGHTS, state, _head(checkpoint, metadata))
         files.write_json(stage / CONFIG, config)
         _compare(original, logits, _read_back(stage, net), x)
         gaps = {name: write_format(name, original, x, stage) for name in formats}
@@ -136,7 +139,32 @@ def _state(net: nn.Module, half: bool) -> dict[str, Tensor]:
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
         raise UserError(f"the network's state {odd[0]!r} is not a tensor", "safetensors holds tensors only")
-    return {name.replace("_orig_mod.", ""): value.detach().clone().contiguous() for name, value in state.items()}
+    taken: set[int] = set()
+    return {name.replace("_orig_mod.", ""): _unshared(value.detach(), taken) for name, value in state.items()}
+
+
+def _unshared(value: Tensor, taken: set[int]) -> Tensor:
+    """The tensor in memory that it shares with none of those `taken`: itself where that is so, else a copy."""
+    value = value.contiguous()
+    storage = value.untyped_storage()
+    if storage.data_ptr() in taken or storage.nbytes() > value.nbytes:
+        return value.clone()
+    taken.add(storage.data_ptr())
+    return value
+
+
+def _write_weights(path: Path, state: dict[str, Tensor], head: dict[str, str]) -> None:
+    """Write the weights' file from where the tensors lie: as bytes, a large network's would need its memory twice."""
+    path.touch()
+    mode = path.stat().st_mode  # safetensors lets nobody but its owner read what it writes
+    try:
+        safetensors.torch.save_file(state, path, head)
+    except safetensors.SafetensorError as error:
+        full = re.search(rf"os error ({errno.ENOSPC}|{errno.EDQUOT})\b", str(error))
+        if full is None:
+            raise
+        raise OSError(int(full[1]), str(error)) from error
+    path.chmod(mode)
 
 
 def _config(

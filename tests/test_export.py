@@ -12,7 +12,7 @@ import sys
 import pytest
 import timm
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from robustify import files, formats, sources
@@ -379,6 +379,22 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
         save(custom(Tied()), tmp_path / "out")
     assert caught.value.message.startswith(f"the disk of {tmp_path} is full")  # not of a folder that is gone by then
     assert left(tmp_path) == []
+
+
+def test_a_disk_that_fills_while_the_weights_are_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(state, path, head):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(UserError, match=r"full: [\d,]+ bytes are needed, [\d,]+ are free"):
+        save(custom(Tied()), tmp_path / "out")
+    assert left(tmp_path) == []
+
+
+def test_everybody_may_read_the_weights_who_may_read_the_config(tmp_path):
+    save(custom(Tied()), tmp_path / "out")
+    modes = {(tmp_path / "out" / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1
 
 
 def test_a_kill_before_the_swap_leaves_the_older_folder(tmp_path, monkeypatch):
