@@ -15,13 +15,14 @@ from torch import nn
 
 from robustify import data as datasets
 from robustify import files, model_folder, sources
-from robustify.arrays import split_of
+from robustify.arrays import counted_from_one, split_of
 from robustify.attacks import AttackSpec
 from robustify.data import Data
 from robustify.distributed import World
 from robustify.errors import UserError
+from robustify.evaluation import conversions, rows_of
 from robustify.evaluation import evaluate as measure
-from robustify.events import Listener, Progress
+from robustify.events import Listener, Note, Progress
 from robustify.export import export as write_model
 from robustify.export import round_weights
 from robustify.model_folder import CONFIG, WEIGHTS
@@ -102,13 +103,19 @@ def evaluate(
     `model` has; what fools it is tried on the model, a sign of gradient masking where that beats the other attacks.
     Raises UserError for what the user can mend.
     """
-    pixel_model, checkpoint = _pixel_model(model, mean, std)
     threats = [ThreatModel.parse(t) for t in ([threat] if isinstance(threat, str | ThreatModel) else threat)]
+    attacks = attacks if attacks is not None else _fitting(DEFAULT_ATTACKS, threats)
+    rows_of(attacks, threats)  # refuses what cannot be measured before anything is loaded
+    if listener is not None:
+        for said in conversions(attacks, threats):
+            listener(Note(said))
+    pixel_model, checkpoint = _pixel_model(model, mean, std)
     images, name, classes = _images(data, split, checkpoint, seed, listener)
     split_name = data.test_name if isinstance(data, Data) and split == "test" else split
     if checkpoint and classes and classes != checkpoint.num_classes:
         message = f"{checkpoint.base_id} has {checkpoint.num_classes} classes, {name} has {classes}"
-        raise UserError(message, "take data of the same classes")
+        differ = UserError(message, "take data of the same classes")
+        raise counted_from_one(images.labels, checkpoint.num_classes) or differ
     _takes(pixel_model, images)
     other = _surrogate(surrogate, pixel_model, images, mean, std) if surrogate is not None else None
 
@@ -119,7 +126,7 @@ def evaluate(
     return measure(
         pixel_model,
         images,
-        attacks if attacks is not None else _fitting(DEFAULT_ATTACKS, threats),
+        attacks,
         threats,
         n=n,
         batch_size=batch_size,

@@ -87,6 +87,14 @@ def labels_of(y: Any, what: str) -> Tensor:
     return y
 
 
+def counted_from_one(labels: Tensor, classes: int) -> UserError | None:
+    """The mistake when labels [N] of so many classes are 1 to that number, not 0 to one less; None where they are not."""
+    if (int(labels.min()), int(labels.max())) != (1, classes):
+        return None
+    message = f"the labels are 1 to {classes}, those of {classes} classes are 0 to {classes - 1}"
+    return UserError(message, "give the labels minus 1")
+
+
 @dataclass(frozen=True)
 class _Items:
     """The images of a torch Dataset, uint8 or float32 in [0,1], all of the shape `stored`."""

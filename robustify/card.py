@@ -21,7 +21,6 @@ from robustify.methods import METHODS
 from robustify.report import Headline, Report, Row, plain
 from robustify.threat import ThreatModel
 
-HIDDEN = ("stages", "left")  # of a cascade: they are in the report
 SIZES = {"Linf": "largest change of any channel", "L2": "Euclidean length", "L1": "sum of absolute changes"}
 
 
@@ -151,12 +150,12 @@ def _line(label: str, threat: str | None, old: Row | Headline | None, new: Row |
 
 
 def _changes(before: Report, after: Report) -> dict[tuple[str, str | None], str]:
-    """The paired differences by attack and threat, where both reports saw the same images and an interval is known."""
+    """The paired differences by attack and threat, where both reports saw the same images."""
     try:
         (found,) = compare([before, after])
     except UserError:
         return {}
-    return {(one.attack, one.threat): one.in_points() for one in found.differences if one.interval}
+    return {(one.attack, one.threat): one.in_points() for one in found.differences}
 
 
 def _headline(found: Headline) -> str:
@@ -172,9 +171,8 @@ def _attacked(found: Headline) -> str:
 def _attacks(after: Report) -> str:
     lines = [["Attack", "Threat", "Settings", "Forward / backward passes per image", "Seconds"], ["---"] * 5]
     for row in after.rows:
-        settings = ", ".join(f"{key}={value}" for key, value in row.settings.items() if key not in HIDDEN)
         passes = " / ".join(f"{row.passes[key]:g}" for key in ("forward", "backward") if key in row.passes)
-        lines.append([attack_name(row), _shown(row.threat), settings, passes, f"{row.seconds:.1f}"])
+        lines.append([attack_name(row), _shown(row.threat), row.told(), passes, f"{row.seconds:.1f}"])
     return _rows(lines)
 
 

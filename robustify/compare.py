@@ -55,9 +55,26 @@ class Comparison:
         """Return JSON values."""
         return plain(dataclasses.asdict(self))
 
-    def table(self) -> list[dict[str, str]]:
-        """Return the lines to show as text."""
-        return [_line(difference) for difference in self.differences]
+    def table(self, names: tuple[str, str] | None = None) -> list[dict[str, str]]:
+        """Return the lines to show as text. names: of the two columns of accuracies, by default the models'."""
+        first, second = names or (self.before, self.after)
+        if first == second:
+            first, second = f"before: {first}", f"after: {second}"
+        return [_line(difference, first, second) for difference in self.differences]
+
+    def changes(self) -> list[dict[str, str]]:
+        """Return the lines of a shorter table, of one model before and after: the interval stands with the change."""
+        return [
+            {
+                "attack": one.attack,
+                "threat": _shown(one),
+                "before": percent(one.before),
+                "after": percent(one.after),
+                "change in points": one.in_points(),
+                "n": str(self.n),
+            }
+            for one in self.differences
+        ]
 
 
 def compare(reports: Sequence[Report]) -> list[Comparison]:
@@ -128,8 +145,9 @@ def _pair(before: Report, after: Report) -> Comparison:
         _same("digest of the pixels and labels", before.data_digest, after.data_digest)
     theirs = {row.key: row for row in after.rows}
     both = [(row, theirs[row.key]) for row in before.rows if row.key in theirs]
-    shared = [(a, b) for a, b in both if a.settings == b.settings]
-    left_out = tuple(f"{a.key}: {_told(a.settings)} against {_told(b.settings)}" for a, b in both if a.settings != b.settings)
+    shared = [(a, b) for a, b in both if _same_settings(a, b)]
+    others = [(a, b) for a, b in both if not _same_settings(a, b)]
+    left_out = tuple(f"{a.key}: {a.told() or 'none'} against {b.told() or 'none'}" for a, b in others)
     if not any(row.threat for row, _ in shared) and left_out:
         hint = "evaluate both with the same settings, as in --attack pgd:steps=50,restarts=5"
         raise UserError(f"the reports' attacks had other settings: {'; '.join(left_out)}", hint)
@@ -160,8 +178,10 @@ def _pair(before: Report, after: Report) -> Comparison:
     return Comparison(before.model_id, after.model_id, n, tuple(found), left_out)
 
 
-def _told(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in settings.items()) or "none"
+def _same_settings(a: Row, b: Row) -> bool:
+    """Of a cascade `left`, what each stage left, is a result."""
+    one, other = ({**row.settings, "left": None} for row in (a, b))
+    return one == other
 
 
 def _only(report: Report, keys: set[str]) -> Report:
@@ -202,13 +222,17 @@ def _of_verdicts(attack: str, threat: str | None, before: np.ndarray, after: np.
     return Difference(attack, threat, *accuracies, value, (low, high), mcnemar(before, after))
 
 
-def _line(d: Difference) -> dict[str, str]:
+def _shown(d: Difference) -> str:
+    return (d.threat or "").replace(":", " ")
+
+
+def _line(d: Difference, before: str, after: str) -> dict[str, str]:
     interval = "" if d.interval is None else f"[{100 * d.interval[0]:+.2f}, {100 * d.interval[1]:+.2f}]"
     return {
         "attack": d.attack,
-        "threat": (d.threat or "").replace(":", " "),
-        "before": percent(d.before),
-        "after": percent(d.after),
+        "threat": _shown(d),
+        before: percent(d.before),
+        after: percent(d.after),
         "difference": f"{100 * d.difference:+.2f}",
         "interval": interval,
         "p": "" if d.p_value is None else f"{d.p_value:.2g}",

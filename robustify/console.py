@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TimeRemainingColumn
@@ -21,6 +21,9 @@ from robustify.durations import duration
 from robustify.events import Collapsed, EpochEnd, Event, Exported, Measured, Note, Planned, Progress, StepEnd
 from robustify.intervals import percent
 from robustify.report import Report, plain
+
+if TYPE_CHECKING:
+    from robustify.compare import Comparison  # loads torch
 
 Item = TypeVar("Item")
 EVERY = 5.0  # seconds between two lines of progress where there is no terminal
@@ -65,6 +68,18 @@ def table(rows: Sequence[Mapping[str, str]], header: bool = True) -> None:
     for row in rows:
         shown.add_row(*(cell.replace("[", r"\[") for cell in row.values()))
     _out().print(shown)
+
+
+def changes(found: Comparison) -> None:
+    """Print what one model gained or lost, on stdout; why an interval is missing, on stderr."""
+    table(found.changes())
+    unpaired(found)
+
+
+def unpaired(*comparisons: Comparison) -> None:
+    """Say why differences have no interval, where some have none."""
+    if any(one.interval is None for found in comparisons for one in found.differences):
+        note("a difference without an interval is of images that share one budget, which are not independent")
 
 
 def facts(values: Mapping[str, Any]) -> None:

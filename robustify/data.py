@@ -23,6 +23,7 @@ __all__ = ["Data", "Lazy", "Resident", "Split", "batches", "chunks", "digest", "
 
 NAMES = "digits, cifar10, cifar100, folder:PATH, npz:PATH"
 TEST_FRACTION = 0.2  # held out where the source has no test set
+TEST_IMAGES = {"digits": 449, "cifar10": 10_000, "cifar100": 10_000}  # known before anything is read
 FEWEST = 4  # images in any split that we hold out
 MEMORY = 2 * 2**30  # bytes of pictures that are read into memory at most
 COLOUR, GREY = "crop-flip", "shift"  # grey images are often digits or letters, which a flip would turn into others
@@ -80,13 +81,21 @@ def load(name: str, *, root: Path | None = None, val_fraction: float = 0.1, seed
     progress: called with (done, total) while pictures are read into memory.
     Raises UserError for anything wrong with the name or the data.
     """
+    check_name(name)
+    kind, _, path = name.partition(":")
+    where = root or Path(os.environ.get("ROBUSTIFY_DATA_DIR") or Path.home() / ".cache/robustify/data")
+    source = READERS[kind](kind, Path(path or where).expanduser(), input_size)
+    return _assemble(source, val_fraction, seed, limit, progress)
+
+
+def check_name(name: str) -> None:
+    """Raise UserError unless `name` names a data set, and one that is there where it names a place."""
     kind, _, path = name.partition(":")
     if kind not in READERS or (path != "") != (kind in ("folder", "npz")):
         there = f" Did you mean folder:{name}?" if Path(name).expanduser().is_dir() else nearest(kind, list(READERS))
         raise UserError(f"unknown data set {name!r}", f"data sets: {NAMES}.{there}")
-    where = root or Path(os.environ.get("ROBUSTIFY_DATA_DIR") or Path.home() / ".cache/robustify/data")
-    source = READERS[kind](kind, Path(path or where).expanduser(), input_size)
-    return _assemble(source, val_fraction, seed, limit, progress)
+    if path and not Path(path).expanduser().exists():
+        raise UserError(f"no {'folder' if kind == 'folder' else 'file'} {path}", f"say where it lies: {kind}:PATH")
 
 
 def images_of(name: str, root: Path | None, input_size: InputSize) -> Split:

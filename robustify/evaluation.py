@@ -27,7 +27,7 @@ from robustify.pointwise import heard, pointwise
 from robustify.report import Report
 from robustify.threat import Norm, ThreatModel
 
-__all__ = ["counted", "evaluate", "sample"]
+__all__ = ["conversions", "counted", "evaluate", "rows_of", "sample"]
 
 
 def sample(n_available: int, n: int | None, seed: int) -> list[int]:
@@ -90,7 +90,7 @@ def evaluate(
             raise UserError(f"{name} must be at least {least}, not {value}")
     world = world or World()
     several = [threats] if isinstance(threats, ThreatModel) else list(threats)
-    plan = _plan(attacks, several)
+    plan = rows_of(attacks, several)
     if keep_adversarials and resume_folder is None:
         raise ValueError("keep_adversarials needs a resume_folder")
     run = Run(
@@ -192,10 +192,11 @@ def evaluate(
     )
 
 
-def _plan(attacks: Sequence[str], threats: Sequence[ThreatModel]) -> list[tuple[str, AttackSpec, ThreatModel]]:
+def rows_of(attacks: Sequence[str], threats: Sequence[ThreatModel]) -> list[tuple[str, AttackSpec, ThreatModel]]:
     """(the row's name, attack, threat) of every row; an attack's second settings are part of its name.
 
-    Knapsacks come last: they buy what the others flipped, too.
+    Knapsacks come last: they buy what the others flipped, too. Raises UserError for attacks that are none, and for threats
+    that an attack does not know: it costs nothing, so it can be asked before a model is loaded.
     """
     specs = {str(spec): spec for spec in (AttackSpec.parse(name) for name in attacks if name != "clean")}
     wanted = dict.fromkeys((text, spec.under(threat)) for text, spec in specs.items() for threat in threats)
@@ -207,6 +208,24 @@ def _plan(attacks: Sequence[str], threats: Sequence[ThreatModel]) -> list[tuple[
         taken.add((name, threat))
         plan.append((name, specs[text], threat))
     return sorted(plan, key=lambda row: row[1].name == "knapsack")
+
+
+def conversions(attacks: Sequence[str], threats: Sequence[ThreatModel]) -> list[str]:
+    """Say which attacks measure another threat than one that was asked for, `AttackSpec.under`."""
+    said: dict[tuple[ThreatModel, ThreatModel], list[str]] = {}
+    for spec in (AttackSpec.parse(name) for name in attacks if name != "clean"):
+        for asked in threats:
+            if (measured := spec.under(asked)) not in threats:
+                said.setdefault((asked, measured), []).append(spec.name)
+    return [
+        f"{', '.join(dict.fromkeys(names))}: measured under {measured}, not {asked}, for "
+        + (
+            "the budget is shared over all images"
+            if measured.distributional
+            else "each image moves on its own, within the ball of that radius"
+        )
+        for (asked, measured), names in said.items()
+    ]
 
 
 def model_digest(model: nn.Module) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from robustify import data as datasets
 from robustify import layers
+from robustify.arrays import counted_from_one
 from robustify.data import Data
 from robustify.distributed import World
 from robustify.errors import UserError
@@ -30,6 +31,7 @@ VERIFY_IMAGES = 500  # of the test set; a standard error of 1.6 points at 85 %
 def load_inputs(recipe: Recipe, listener: Listener) -> tuple[Checkpoint, Data]:
     """Return the recipe's model and data. Raises UserError when their classes do not agree."""
     m, d = recipe.model, recipe.data
+    datasets.check_name(d.name)
     listener(Progress("loading the model", 0, 1))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(recipe.train.seed, _WEIGHTS))  # new classifiers and untrained networks are repeatable
@@ -54,7 +56,7 @@ def load_inputs(recipe: Recipe, listener: Listener) -> tuple[Checkpoint, Data]:
         progress=lambda done, total: listener(Progress("reading the data", done, total)),
     )
     if data.num_classes != checkpoint.num_classes:
-        raise UserError(
+        raise counted_from_one(data.train.labels, checkpoint.num_classes) or UserError(
             f"{checkpoint.base_id} has {checkpoint.num_classes} classes, {d.name} has {data.num_classes}",
             f"take data of the same classes, or put a new classifier in: --num-classes {data.num_classes}",
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robustify import sanity
+from robustify.arrays import counted_from_one
 from robustify.data import Split, batches, chunks
 from robustify.distributed import World
 from robustify.errors import UserError
@@ -115,7 +116,7 @@ def measure_clean(run: Run) -> Clean:
     with borrowed(run.model), torch.no_grad():
         for done, (x, y) in enumerate(run.read([lists[i] for i in mine]), start=1):
             logits = run.model(x)
-            _check_logits(logits, y)
+            _check_logits(logits, y, run.split.labels)
             right.append((logits.argmax(1) == y).cpu())
             probable.append(sanity.probabilities(logits))
             pairs = zip(x.cpu().numpy(), y.tolist(), strict=True)
@@ -135,11 +136,12 @@ def gathered(world: World, parts: Sequence[Tensor], dtype: torch.dtype) -> np.nd
     return world.gather(torch.cat(list(parts)) if parts else torch.zeros(0, dtype=dtype)).numpy()
 
 
-def _check_logits(logits: Tensor, y: Tensor) -> None:
+def _check_logits(logits: Tensor, y: Tensor, labels: Tensor) -> None:
+    """labels: of the whole split."""
     if logits.ndim != 2:
         raise UserError(f"the model returns a tensor of shape {tuple(logits.shape)}, not one row of logits per image")
     if int(y.max()) >= logits.shape[1]:
-        raise UserError(
+        raise counted_from_one(labels, logits.shape[1]) or UserError(
             f"the model has {logits.shape[1]} classes, the data has a label {int(y.max())}",
             "take data of the same classes and in the same order, or give the model a new classifier, which then is trained: "
             "robustify finetune --num-classes N (robustify.load(..., num_classes=N) in Python)",

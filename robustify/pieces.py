@@ -71,9 +71,15 @@ def pieces_of(folder: Path, facts: Facts) -> Iterator[Arrays]:
 def facts_of(folder: Path) -> Facts:
     """Return the facts that a folder was begun with. Raises UserError when it is not the folder of an evaluation."""
     try:
-        return json.loads((folder / _FACTS).read_text(encoding="utf8"))
+        facts = json.loads((folder / _FACTS).read_text(encoding="utf8"))
+        if not isinstance(facts, dict):
+            raise ValueError("it holds no facts")
     except FileNotFoundError:
         raise UserError(f"no evaluation was stored in {folder}", "`robustify evaluate` can keep one") from None
+    except ValueError as error:
+        hint = f"what it says of the batches beside it is lost: rm -r {shlex.quote(str(folder))} and evaluate again"
+        raise UserError(f"{folder / _FACTS} is damaged: {error}", hint) from None
+    return facts
 
 
 def finish(folder: Path, keep_as: Path | None = None) -> None:

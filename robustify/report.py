@@ -24,6 +24,7 @@ Kind = Literal["clean", "pointwise", "distributional"]
 Verdicts = Mapping[str, np.ndarray]  # row key -> bool [n]: is example i of the evaluated order classified correctly?
 _FORMAT = 1
 _DISTANCE = "distance:"  # before the row key, in the .npz
+_INNER = ("stages", "left")  # of a cascade: in the JSON only; `left` is a result
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class Row:
     def interval(self) -> tuple[float, float]:
         """Wilson 95 % interval of the accuracy."""
         return wilson(self.correct, self.n)
+
+    def told(self) -> str:
+        """The settings for people, `steps=20, restarts=1`."""
+        return ", ".join(f"{name}={value}" for name, value in self.settings.items() if name not in _INNER)
 
 
 @dataclass(frozen=True)
@@ -242,16 +247,18 @@ class Report:
 
     def __str__(self) -> str:
         """The table and the notes, for people."""
-        table = self.table()
-        lines = [list(table[0]), *(list(line.values()) for line in table)] if table else []
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        aligned = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-        return "\n".join([f"{self.model_id} on {self.data}, {self.split}", *aligned, *self.notes])
+        tables = [*_aligned(self.table()), *_aligned(self.attacks())]
+        return "\n".join([f"{self.model_id} on {self.data}, {self.split}", *tables, *self.notes])
 
     def table(self) -> list[dict[str, str]]:
         """Return the lines to show as text: attack, threat, accuracy, interval, n, seconds; worst cases come last."""
         lines = [_line(row.attack, row.threat, row, f"{row.seconds:.1f}") for row in self.rows]
         return lines + [_line("worst case", h.threat, h, "") for h in self.worst_cases()]
+
+    def attacks(self) -> list[dict[str, str]]:
+        """Return the lines that say with which settings each attack ran."""
+        known = dict.fromkeys((row.attack, row.told()) for row in self.rows if row.told())
+        return [{"attack": attack, "settings": settings} for attack, settings in known]
 
     def save(self, path: str | Path) -> None:
         """Write the JSON to `path` and what is per example beside it (.npz). Raises UserError when the disk is full."""
@@ -312,6 +319,12 @@ def _only_fields(kind: type[Any], value: Mapping[str, Any]) -> Any:
 def _line(attack: str, threat: str | None, row: Row | Headline, seconds: str) -> dict[str, str]:
     figures = {"accuracy": percent(row.accuracy), "interval": percent_interval(row.interval), "n": str(row.n)}
     return {"attack": attack, "threat": (threat or "").replace(":", " "), **figures, "seconds": seconds}
+
+
+def _aligned(table: Sequence[Mapping[str, str]]) -> list[str]:
+    lines = [list(table[0]), *(list(line.values()) for line in table)] if table else []
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
 def _save(path: Path, value: dict[str, Any], verdicts: Mapping[str, np.ndarray]) -> None:

@@ -85,6 +85,8 @@ def test_reports_are_compared_row_by_row():
     assert by_name["clean"].difference == 0
     assert json.loads(json.dumps(found.to_json()))["differences"][1]["threat"] == "Linf:8/255"
     assert found.table()[1]["difference"].startswith("+")
+    assert list(found.table()[1]) == ["attack", "threat", "small", "large", "difference", "interval", "p"]
+    assert list(compare([before, before])[0].table()[1])[2:4] == ["before: small", "after: small"]
     assert len(compare([before, after, report("other", 1, scale=0.5)])) == 2
 
 
@@ -100,6 +102,9 @@ def test_the_worst_case_of_images_that_share_a_budget_has_no_interval():
     assert (worst.attack, worst.threat, worst.interval) == ("worst case", "W2-Linf:4/255", None)
     assert worst.before == before.headline("W2-Linf:4/255").accuracy == before.rows[2].accuracy
     assert worst.in_points() == f"{100 * (worst.after - worst.before):+.2f}"
+    changes = {line["attack"]: line["change in points"] for line in found.changes()}
+    assert changes["w-pgd"] == f"{100 * found.differences[3].difference:+.2f}"  # without an interval, but not left out
+    assert changes["clean"].endswith("]")
     assert found.differences[0].in_points().endswith("]")
 
 
@@ -145,6 +150,18 @@ def test_the_worst_case_is_over_attacks_that_both_were_measured_with():
     (found,) = compare([strong, weak])
     assert [d.attack for d in found.differences] == ["clean", "fgsm"]
     assert [d.difference for d in found.differences] == [0.0, 0.0]
+
+
+def test_what_an_attacks_stages_left_is_no_setting():
+    """AutoAttack's rows of two models say how many images each stage left: other numbers, the same attack."""
+    pair = [report("small", 1), report("large", 1, scale=1.5)]
+    for number, one in enumerate(pair):
+        settings = {"steps": 100, "stages": ["apgd-ce", "square"], "left": [9 + number, 8]}
+        rows = tuple(dataclasses.replace(row, settings=settings) if row.key == PGD else row for row in one.rows)
+        pair[number] = dataclasses.replace(one, rows=rows)
+    (found,) = compare(pair)
+    assert [d.attack for d in found.differences] == ["clean", "pgd", "knapsack"]
+    assert not found.left_out
 
 
 def test_attacks_of_other_settings_are_not_paired():

@@ -42,7 +42,9 @@ def test_printed_it_is_the_table_and_the_notes():
     text = str(sample())
     assert text.splitlines()[0] == "timm:tiny on cifar10, test"
     assert text.splitlines()[1].split() == ["attack", "threat", "accuracy", "interval", "n", "seconds"]
-    assert [line.split()[0] for line in text.splitlines()[2:]] == ["clean", "pgd", "apgd-ce", "w-pgd", "worst", "one", "two"]
+    first = ["clean", "pgd", "apgd-ce", "w-pgd", "worst", "attack", "pgd", "apgd-ce", "w-pgd", "one", "two"]
+    assert [line.split()[0] for line in text.splitlines()[2:]] == first
+    assert "apgd-ce  steps=100" in text.splitlines()
     assert "87.50 %" in text
     assert repr(sample()) == "<Report of timm:tiny on cifar10, test: 4 rows>"
     assert str(Report("m", "d", "test", [])) == "m on d, test"

@@ -10,7 +10,21 @@ import typer
 from typer.core import TyperGroup
 
 from robustify import console
-from robustify.cli import blend, card, compare, copy, env, evaluate, export, finetune, ls, push, sensitivity, show
+from robustify.cli import (
+    blend,
+    card,
+    compare,
+    copy,
+    env,
+    evaluate,
+    export,
+    finetune,
+    ls,
+    options,
+    push,
+    sensitivity,
+    show,
+)
 from robustify.errors import UserError
 
 
@@ -36,6 +50,9 @@ class Verbs(TyperGroup):
             console.note("interrupted")
             raise typer.Exit(130) from None
         except Exception as error:
+            if meant := options.meant(error):
+                error.message = f"{error.message}: {meant}"  # pyright: ignore[reportAttributeAccessIssue]
+                error.possibilities = []  # pyright: ignore[reportAttributeAccessIssue]
             if as_json and not hasattr(error, "exit_code"):  # typer's own have one
                 console.result_json({"error": f"{type(error).__name__}: {error}", "hint": ""})
             raise

@@ -55,11 +55,14 @@ def run(
     if as_json:
         console.result_json([comparison.to_json() for comparison in comparisons])
         return
-    first = comparisons[0]
-    console.note(f"before: {first.before}; n = {first.n}; differences in points, with 95 % intervals")
+    console.note(f"n = {comparisons[0].n}; differences in points, with 95 % intervals")
     for left_out in dict.fromkeys(text for found in comparisons for text in found.left_out):
         console.note(f"not compared, the settings differ: {left_out}")
-    console.table([{"model": found.after, **line} for found in comparisons for line in found.table()])
+    for number, found in enumerate(comparisons):
+        if number:
+            console.result("")
+        console.table(found.table(("before", "after") if len(paths) == 1 else None))
+    console.unpaired(*comparisons)
 
 
 def read(paths: Sequence[Path]) -> list[Report]:

@@ -77,7 +77,7 @@ def run(
     with console.status("loading torch"):
         from robustify import api, curves, pieces, plots
         from robustify.distributed import World, make_accelerator
-        from robustify.evaluation import model_digest
+        from robustify.evaluation import model_digest, rows_of
         from robustify.faults import Preempted, peers_watched, same_everywhere, sigterm_noted
         from robustify.launch import Layout, launched, relaunch
         from robustify.memory import batches_explained
@@ -85,7 +85,11 @@ def run(
         from robustify.threat import ThreatModel
     if figure:
         plots.check(figure)
-    against = [ThreatModel.parse(threat) for threat in threats or ()]
+    given = [ThreatModel.parse(threat) for threat in threats or ()]
+    recipe = recipe_of(source)
+    against = given or [recipe.threat if recipe else ThreatModel.parse(api.DEFAULT_RADIUS)]
+    rows_of(attacks or (), against)  # what cannot be measured is told before a model is loaded
+    _check_images(data or (recipe.data.name if recipe else None), split, n)
     arguments = options.typed(context)
 
     def goes_on() -> str:
@@ -101,7 +105,6 @@ def run(
     world = World(accelerator)
     partial = world.on_main(lambda: _partial(output, resume, force, keep))
     ended = output is not None and output.exists() and not force and not (partial and partial.exists())
-    recipe = recipe_of(source)
 
     @contextmanager
     def stored_told() -> Iterator[None]:
@@ -122,7 +125,7 @@ def run(
             checkpoint,
             found.to(accelerator.device),
             attacks=attacks,
-            threat=against or [recipe.threat if recipe else api.DEFAULT_RADIUS],
+            threat=against,
             n=options.count(n, len(api.split_named(found, split or "test"))),
             split=split or "test",
             batch_size=batch_size,
@@ -154,6 +157,9 @@ def run(
         console.result_json(report.to_json())
     else:
         console.table(report.table())
+        if settings := report.attacks():
+            console.result("")
+            console.table(settings)
 
 
 def kept(report: Path) -> Path:
@@ -175,6 +181,8 @@ def load(
     from robustify import data as datasets
     from robustify.events import Progress
 
+    if data is not None:
+        datasets.check_name(data)
     watch(Progress("loading the model", 0, 1))
     checkpoint = api.load(source, models_dir=models_dir, allow_pickle=allow_pickle)
     how: dict[str, Any] = {"seed": seed or 0}
@@ -190,6 +198,17 @@ def load(
         **how,
         progress=lambda done, total: watch(Progress("reading the data", done, total)),
     )
+
+
+def _check_images(data: str | None, split: str | None, n: str | None) -> None:
+    """Raise UserError for an --n that is no number, or more than data known by name has."""
+    from robustify import data as datasets
+    from robustify.evaluation import sample
+
+    known = datasets.TEST_IMAGES.get(data or "") if split in (None, "test") else None
+    asked = options.count(n, known or options.FEW)
+    if known is not None:
+        sample(known, asked, 0)
 
 
 def _own_data(source: str, checkpoint: Checkpoint) -> str:

@@ -13,7 +13,6 @@ from typer import Option
 from robustify import console
 from robustify.cli import ends, evaluate, options
 from robustify.errors import UserError
-from robustify.intervals import percent
 
 if TYPE_CHECKING:
     from robustify.report import Report
@@ -153,19 +152,7 @@ def _show_result(before: Report, after: Report, folder: Path, as_json: bool) -> 
         reports = {"before": before.to_json(), "after": after.to_json()}
         console.result_json({"folder": str(folder), "comparison": found.to_json(), **reports, "next": following})
         return
-    console.table(
-        [
-            {
-                "attack": one.attack,
-                "threat": (one.threat or "").replace(":", " "),
-                "before": percent(one.before),
-                "after": percent(one.after),
-                "change in points": one.in_points() if one.interval else "",
-                "n": str(found.n),
-            }
-            for one in found.differences
-        ]
-    )
+    console.changes(found)
     console.result(f"model: {folder / 'model'}")
     console.result(f"next: {following}")
 

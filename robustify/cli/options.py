@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -71,6 +71,27 @@ def without(arguments: Sequence[str], option: str) -> list[str]:
         elif not argument.startswith(f"{option}="):
             kept.append(argument)
     return kept
+
+
+def meant(error: Any) -> str:
+    """Return what an unknown option was probably meant to say; "" where that is not known, and of any other error."""
+    if not hasattr(error, "possibilities") or error.ctx is None or error.ctx.info_name not in ("finetune", "evaluate", "blend"):
+        return ""
+    name = error.option_name.lstrip("-").replace("-", "_")
+    if name in ("eps", "epsilon", "radius", "norm"):
+        return "the threat says norm and radius, --threat Linf:8/255"
+    if error.ctx.info_name == "finetune":
+        from robustify.methods import METHODS
+        from robustify.recipe import TrainSettings
+
+        name = {"learning_rate": "lr", "wd": "weight_decay"}.get(name, name)
+        of_methods = {key for method in METHODS.values() for key in method.model_fields}
+        section = "train" if name in TrainSettings.model_fields else "method" if name in of_methods else None
+        return f"it is a setting of the recipe, --set {section}.{name}=VALUE" if section else ""
+    from robustify import attacks
+
+    owner = next((attack for attack in ("pgd", *attacks.ATTACKS) if name in attacks.options(attack)), None)
+    return f"it is a setting of an attack, --attack {owner}:{name}=VALUE" if owner else ""
 
 
 def count(text: str | None, available: int) -> int | None:

@@ -26,8 +26,14 @@ def test_evaluate_takes_data_and_threat_from_the_run(robustify, finished, tmp_pa
     folder, _ = finished
     ran = robustify("evaluate", folder, "--attack", "fgsm", "--attack", "pgd:steps=2", "--n", "50", "-o", "report.json")
     assert ran.code == 0, ran.err
-    header, *lines = [line.split("\t") for line in ran.out.splitlines()]
+    table, settings = ran.out.split("\n\n")
+    header, *lines = [line.split("\t") for line in table.splitlines()]
     assert header == ["attack", "threat", "accuracy", "interval", "n", "seconds"]
+    assert settings.splitlines() == [
+        "attack\tsettings",
+        "fgsm\tloss=ce",
+        "pgd\tloss=ce, steps=2, restarts=1, step_ratio=2.5",
+    ]
     assert [line[:2] for line in lines] == [
         ["clean", ""],
         ["fgsm", "Linf 0.1"],
@@ -87,12 +93,58 @@ def test_evaluate_speaks_json(robustify, finished):
         (["--attack", "pdg"], "Did you mean pgd?"),
         (["--threat", "Linf:8"], "did you mean Linf:8/255?"),
         (["--data", "digit"], "unknown data set 'digit'"),
+        (["--data", "folder:nowhere"], "no folder nowhere"),
+        (["--attack", "pgd:step=3"], "Did you mean steps?"),
+        (["--attack", "w-pgd", "--threat", "L1:12"], "attack w-pgd does not know the norm L1"),
     ],
 )
-def test_evaluate_names_mistakes(robustify, finished, arguments, said):
+def test_evaluate_names_mistakes_before_it_loads_a_model(robustify, finished, monkeypatch, arguments, said):
+    if "--split" not in arguments:
+        monkeypatch.setattr("robustify.api.load", lambda *_, **__: pytest.fail("it loads the model"))
     ran = robustify("evaluate", finished[0], *arguments)
     assert (ran.code, ran.out) == (2, "")
     assert said in ran.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["evaluate", "digits", "--eps", "0.1"], "--eps: the threat says norm and radius, --threat Linf:8/255"),
+        (["finetune", "quickstart", "--epsilon=0.1"], "--threat Linf:8/255"),
+        (["finetune", "quickstart", "--learning-rate", "0.1"], "it is a setting of the recipe, --set train.lr=VALUE"),
+        (["finetune", "quickstart", "--beta", "3"], "--set method.beta=VALUE"),
+        (["evaluate", "digits", "--steps", "50"], "it is a setting of an attack, --attack pgd:steps=VALUE"),
+        (["evaluate", "digits", "--attacks", "pgd"], "(Possible options: --attack, --data)"),
+    ],
+)
+def test_an_option_of_another_name_is_known(robustify, arguments, said):
+    ran = robustify(*arguments)
+    assert (ran.code, ran.out) == (2, "")
+    assert said in ran.err
+
+
+def test_a_threat_that_an_attack_does_not_take_is_said(robustify):
+    few = ["--n", "10", "--no-checks"]
+    ran = robustify("evaluate", "digits", "--attack", "fgsm", "--attack", "w-fgsm", "--threat", "W2-Linf:0.1", *few)
+    assert "fgsm: measured under Linf 0.1, not W2-Linf 0.1, for each image moves on its own" in ran.err
+    assert "w-fgsm: measured" not in ran.err
+    ran = robustify("evaluate", "digits", "--attack", "w-fgsm", "--threat", "Linf:0.1", *few)
+    assert "w-fgsm: measured under W2-Linf 0.1, not Linf 0.1, for the budget is shared over all images" in ran.err
+    ran = robustify(
+        "evaluate", "digits", "--attack", "fgsm", "--attack", "w-fgsm", "--threat", "Linf:0.1", "--threat", "W2-Linf:0.1", *few
+    )
+    assert "measured under" not in ran.err
+
+
+def test_labels_that_count_from_one_are_recognised(robustify, tmp_path):
+    images = np.random.default_rng(0).random((120, 8, 8), np.float32)
+    np.savez(tmp_path / "mine.npz", x=images, y=1 + np.arange(120) % 10)
+    ran = robustify("evaluate", "digits", "--data", "npz:mine.npz", "--attack", "clean")
+    assert ran.code == 2
+    assert "the labels are 1 to 10, those of 10 classes are 0 to 9" in ran.err
+    assert "give the labels minus 1" in ran.err
+    ran = robustify("finetune", "--model", "digits", "--data", "npz:mine.npz")
+    assert "the labels are 1 to 10, those of 10 classes are 0 to 9" in ran.err
 
 
 def test_sensitivity_by_importance_agrees_with_the_whole_set(robustify, finished):
@@ -250,6 +302,15 @@ def test_an_interrupted_evaluation_goes_on(robustify, tmp_path, monkeypatch):
     other = robustify("evaluate", "digits", *FEW, "--batch-size", "8", "-o", "report.json", "--resume")
     assert other.code == 2
     assert "begun with another batch_size" in other.err
+    facts = tmp_path / "report.json.partial" / "evaluation.json"
+    whole_facts = facts.read_text()
+    for damaged in (whole_facts[:20], "[]"):
+        facts.write_text(damaged)
+        broken = robustify("evaluate", "digits", *FEW, "--batch-size", "16", "-o", "report.json", "--resume")
+        assert (broken.code, broken.out) == (2, "")
+        assert "evaluation.json is damaged" in broken.err
+        assert "rm -r report.json.partial and evaluate again" in broken.err
+    facts.write_text(whole_facts)
     done = len(calls)
     assert robustify("evaluate", "digits", *FEW, "--batch-size", "16", "-o", "report.json", "--resume").code == 0
     first, second = Report.load(tmp_path / "whole.json"), Report.load(tmp_path / "report.json")
@@ -361,8 +422,9 @@ def test_compare_before_and_after(robustify, finished, tmp_path):
     ran = robustify("compare", folder)
     assert ran.code == 0, ran.err
     header, *lines = [line.split("\t") for line in ran.out.splitlines()]
-    assert header == ["model", "attack", "threat", "before", "after", "difference", "interval", "p"]
-    assert [line[1] for line in lines] == ["clean", "fgsm", "pgd", "w-pgd", "worst case"]
+    assert header == ["attack", "threat", "before", "after", "difference", "interval", "p"]
+    assert [line[0] for line in lines] == ["clean", "fgsm", "pgd", "w-pgd", "worst case"]
+    assert "a difference without an interval is of images that share one budget" in ran.err
     assert "n = 64" in ran.err
     ran = robustify("compare", folder, "--bars", "bars.png", "--figure", "curves.svg", "--json")
     assert ran.code == 0, ran.err
@@ -379,6 +441,8 @@ def test_compare_several_reports(robustify, finished, tmp_path):
     found = json.loads(ran.out)
     assert [one["after"] for one in found] == ["b", "a/report.json"]  # one name for all: told apart by their paths
     assert {line["difference"] for one in found for line in one["differences"]} == {0}
+    tables = robustify("compare", "a", "b", "a/report.json").out.split("\n\n")
+    assert [table.split("\t")[2:4] for table in tables] == [["a", "b"], ["a", "a/report.json"]]
     for arguments, said in (
         (["a", "nowhere.json"], "no report nowhere.json"),
         (["a", "b", "a", "--bars", "x.png"], "bars show two reports, not 3"),
