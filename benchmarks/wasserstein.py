@@ -18,6 +18,7 @@ import json
 import math
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     if given.table:
-        print(tables(given.out))
+        print(tables(given.out), lines(given.out), sep="\n\n")
         return
     load, read = assets(), {}
     for seed in given.seeds:
@@ -237,6 +238,38 @@ def tables(out: Path) -> str:
                 f"{gains[0]} | {gains[1]} | {told} |"
             )
     return "\n".join(lines)
+
+
+def lines(out: Path) -> str:
+    """Markdown: held-out knapsack accuracy where each arm's line crosses a clean accuracy so many points below the start's.
+
+    Mean over the seeds and their range; empty where the line does not go so far down.
+    """
+    drops = (2, 4, 6, 8)
+    heads = ["network", "arm", "seeds", "start", *(f"-{drop}" for drop in drops)]
+    found = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows = [row for row in _rows(out) if "points" in row]
+    for name, arm in dict.fromkeys((row["network"], row["arm"]) for row in rows):
+        curves = [row["points"] for row in rows if (row["network"], row["arm"]) == (name, arm)]
+        cells = []
+        for drop in drops:
+            values = [v for points in curves if (v := _crossing(points, drop)) is not None]
+            whole = len(values) == len(curves)
+            spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.1f}{spread}" if whole else "")
+        start = 100 * float(np.mean([points[0]["robust"] for points in curves]))
+        found.append(f"| {name} | {arm} | {len(curves)} | {start:.1f} | {' | '.join(cells)} |")
+    return "\n".join(found)
+
+
+def _crossing(points: list[dict[str, float]], drop: float) -> float | None:
+    """Robust accuracy in percent where the line is `drop` points of clean accuracy below its start for the first time."""
+    goal = points[0]["clean"] - drop / 100
+    for a, b in pairwise(points):
+        if b["clean"] <= goal:
+            share = (a["clean"] - goal) / (a["clean"] - b["clean"])
+            return 100 * (a["robust"] + share * (b["robust"] - a["robust"]))
+    return None
 
 
 def _seeds(rows: list[dict[str, Any]]) -> set[int]:
