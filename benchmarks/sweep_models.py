@@ -14,9 +14,10 @@ and must get the same logits, to rounding. A row of `rows.jsonl` is one model:
     same       loads as above; its modules, names and shapes are those of a model that passed, so the rest was not repeated
     refused    robustify said in one sentence why not
     failed     anything else, with the stage and the reason
-    not run    set aside for its size, see --largest
+    too large  not tried: it needs more memory than the machine has, see --memory
 
 The order is one architecture of each of timm's families, then the others; among them, every fourth, RobustBench's entries.
+What earlier rows tell the size of comes by size, the smallest first.
 """
 
 from __future__ import annotations
@@ -50,15 +51,17 @@ from torch import nn
 
 SIDES = (32, 56, 64, 96, 112, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512)
 STEP_SETTINGS = {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "clip_norm": 1.0}
-DONE = ("passed", "same", "refused", "not run")
+OUTCOMES = ("passed", "same", "refused", "failed", "too large")
+# while a network is exported there are three copies of its weights: its own, the one written, the one read back
+COPIES, BASE = 3.5, 2e9  # of its bytes, with what they leave behind; bytes for the libraries and the maps of two images
 
 
 @dataclass
 class Machine:
-    """What the sweep of one process shares. folder: for weights and exports; largest: weights a network may have."""
+    """What the sweep of one process shares. folder: for weights and exports; memory: bytes that a model may need."""
 
     folder: Path
-    largest: int
+    memory: float
     reader: Reader
     accelerator: Any
     sides: dict[str, int] = field(default_factory=dict)  # family -> the side that its last member took
@@ -132,16 +135,15 @@ def sweep(entry: dict[str, Any], machine: Machine) -> dict[str, Any]:
 
 
 def _stages(row: dict[str, Any], machine: Machine) -> None:
-    from robustify import sources
     from robustify.export import export
     from robustify.layers import find_classifier
     from robustify.modes import borrowed
 
     source = row["name"]
-    if _too_large(row, _sketch(source), machine.largest):  # without its weights, so that the large ones cost no time
+    if _too_large(row, _sketch(source), machine.memory):  # without its weights, so that the large ones cost no time
         return
     net = _published_network(source)
-    if _too_large(row, net, machine.largest):
+    if _too_large(row, net, machine.memory):
         return
 
     row["stage"] = "load"
@@ -149,7 +151,7 @@ def _stages(row: dict[str, Any], machine: Machine) -> None:
     row["weights"] = written
     classes = {} if _classes_of(source) else {"num_classes": 10}
     options = {"pretrained": bool(written), "models_dir": machine.folder / "models", **classes}
-    checkpoint = sources.load(source, **options)
+    checkpoint = _load(source, options)
     if written:
         _same_weights(net, checkpoint.model.net, but=() if not classes else _heads(checkpoint.model.net))
     del net
@@ -223,11 +225,12 @@ def _sketch(source: str) -> nn.Module:
         return nn.Identity()
 
 
-def _too_large(row: dict[str, Any], net: nn.Module, largest: int) -> bool:
+def _too_large(row: dict[str, Any], net: nn.Module, memory: float) -> bool:
     row["parameters"] = sum(w.numel() for w in net.parameters())
-    if row["parameters"] <= largest:
+    needed = COPIES * 4 * row["parameters"] + BASE
+    if needed <= memory:
         return False
-    row |= {"outcome": "not run", "reason": f"more than {largest:,} weights"}
+    row |= {"outcome": "too large", "reason": f"needs {needed / 1e9:.3g} GB of memory, {memory / 1e9:.3g} are free"}
     return True
 
 
@@ -239,13 +242,14 @@ def _published_network(source: str) -> nn.Module:
 
     prefix, name = source.split(":")
     torch.manual_seed(1)
-    if prefix == "robustbench":
-        dataset, threat, model = name.split("/")
-        found = published.find(model, dataset, threat, published.rows())
-        assert found is not None
-        net = robustbench.build(found, published.CLASSES[dataset])
-    else:
-        net = timm.create_model(name)
+    with quick_initialisation():
+        if prefix == "robustbench":
+            dataset, threat, model = name.split("/")
+            found = published.find(model, dataset, threat, published.rows())
+            assert found is not None
+            net = robustbench.build(found, published.CLASSES[dataset])
+        else:
+            net = timm.create_model(name)
     _awaken(net)
     return net
 
@@ -268,11 +272,12 @@ def _publish(source: str, net: nn.Module, folder: Path) -> str:
     """Write the weights where `sources.load` looks for them; return their kind, '' where nothing is published."""
     from timm.models import get_pretrained_cfg
 
+    from robustify.export import unshared
     from robustify.sources import robustbench
 
     prefix, name = source.split(":")
     inside = "image_encoder.trunk." if name.startswith("sam2_") else ""  # a part of the published network
-    state = {inside + key: value.detach().clone().contiguous() for key, value in net.state_dict().items()}
+    state = unshared({inside + key: value for key, value in net.state_dict().items()})
     if prefix == "robustbench":
         dataset, threat, model = name.split("/")
         place = robustbench.place({"dataset": dataset, "threat": threat, "id": model})
@@ -305,6 +310,14 @@ def _publish(source: str, net: nn.Module, folder: Path) -> str:
     return "url"
 
 
+def _load(source: str, options: dict[str, Any]) -> Any:
+    """The checkpoint, quickly where its weights are random: robustify itself draws none that a file replaces."""
+    from robustify import sources
+
+    with contextlib.nullcontext() if options["pretrained"] else quick_initialisation():
+        return sources.load(source, **options)
+
+
 def _same_weights(published: nn.Module, loaded: nn.Module, but: tuple[str, ...]) -> None:
     """Raise unless every tensor of the file has arrived."""
     found = loaded.state_dict()
@@ -329,13 +342,11 @@ def _signature(net: nn.Module) -> str:
 
 def _smallest(source: str, own: Any, hint: int | None, options: dict[str, Any]) -> Any:
     """Return the checkpoint for the smallest square images that the network takes, forwards and in training."""
-    from robustify import sources
-
     side = own.input_size[1]
     fixed = bool((getattr(own.model.net, "default_cfg", None) or {}).get("fixed_input_size")) and source.startswith("timm:")
     for smaller in [s for s in SIDES if s < side and s >= (hint or 0)]:
         try:
-            chosen = sources.load(f"{source}:size={smaller}", **options) if fixed else own
+            chosen = _load(f"{source}:size={smaller}", options) if fixed else own
             if not fixed:
                 chosen = _at(own, smaller)
             _runs(chosen)
@@ -387,6 +398,7 @@ def _step(checkpoint: Any, layers_: str, classifier: list[str], x: Any, y: Any, 
         hook.remove()
     machine.accelerator.free_memory()
     checkpoint.model.eval().requires_grad_(True)
+    net.zero_grad()  # the gradients of a large network are as large as its weights
     if not losses["total"] == losses["total"] or abs(losses["total"]) == float("inf"):
         raise AssertionError(f"the loss is {losses['total']}")
     moved = {name for name, value in net.state_dict().items() if not torch.equal(_some(value), before[name])}
@@ -487,8 +499,8 @@ def read_back() -> None:
 
 
 @contextlib.contextmanager
-def machine(largest: int, folder: Path | None = None) -> Iterator[Machine]:
-    """The sweep's surroundings: an empty hub without a network, a scratch folder, quick random weights."""
+def machine(memory: float | None = None, folder: Path | None = None) -> Iterator[Machine]:
+    """The sweep's surroundings: an empty hub without a network, a scratch folder. memory: bytes, what is free if None."""
     from huggingface_hub import constants
 
     from robustify.distributed import make_accelerator
@@ -506,8 +518,7 @@ def machine(largest: int, folder: Path | None = None) -> Iterator[Machine]:
         try:
             gc.collect()
             gc.freeze()  # a third of the sweep's time went into looking at the libraries' objects again and again
-            with quick_initialisation():
-                yield Machine(Path(scratch), largest, reader, make_accelerator())
+            yield Machine(Path(scratch), memory or free_memory(), reader, make_accelerator())
         finally:
             reader.close()
             gc.unfreeze()
@@ -517,12 +528,15 @@ def machine(largest: int, folder: Path | None = None) -> Iterator[Machine]:
                 os.environ |= {key: value} if value is not None else {}
 
 
+def free_memory() -> float:
+    """Return the bytes that programs may still take, files in the cache given up."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
 @contextlib.contextmanager
 def quick_initialisation() -> Iterator[None]:
-    """Large tensors take their first random numbers from a pool, at a place that no other process will hit again.
-
-    Every network here is built three times, twice only to be overwritten, and drawing its numbers is what takes longest.
-    """
+    """Large tensors take their first random numbers from a pool, at a place that no other process will hit again."""
     import timm.layers.weight_init as init
 
     pool = torch.randn(1_000_003)
@@ -565,7 +579,8 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in map(json.loads, lines)}
 
 
-COUNTED = ("passed", "same", "refused", "failed", "not run", "not reached")
+_NEEDED = f"a model takes {COPIES} times its weights and {BASE / 1e9:.0f} GB, mostly while it is exported."
+COUNTED = (*OUTCOMES, "not reached")
 
 
 def table(rows: dict[str, dict[str, Any]], every: list[dict[str, Any]], command: str) -> str:
@@ -573,7 +588,8 @@ def table(rows: dict[str, dict[str, Any]], every: list[dict[str, Any]], command:
     import timm
 
     def outcome(entry: dict[str, Any]) -> str:
-        return rows.get(entry["name"], {}).get("outcome", "not reached")
+        found = rows.get(entry["name"], {}).get("outcome")
+        return found if found in OUTCOMES else "not reached"
 
     def line(name: str, entries: list[dict[str, Any]]) -> str:
         counts = collections.Counter(map(outcome, entries))
@@ -591,14 +607,17 @@ def table(rows: dict[str, dict[str, Any]], every: list[dict[str, Any]], command:
     about = (__doc__ or "").split("For every entry")[1].split("The order is")[0]
     reached = [name for name, entries in families.items() if any(outcome(e) in ("passed", "same") for e in entries)]
     others = [e for e in every if outcome(e) in ("refused", "failed")]
-    large = [rows[e["name"]]["parameters"] for e in every if outcome(e) == "not run"]
+    large = [rows[e["name"]]["parameters"] for e in every if outcome(e) == "too large"]
+    sizes = [rows[e["name"]]["parameters"] for e in every if outcome(e) == "not reached" and e["name"] in rows]
+    passed = [rows[e["name"]].get("parameters", 0) for e in every if outcome(e) == "passed"]
     lines = [
         "# Coverage: what comes in, trains, goes out and comes back", "", f"    {command}", "",
         f"With {versions}. For every entry{about.rstrip()}", "",
         head, "|---" * (len(COUNTED) + 4) + "|", line("RobustBench", parts["robustbench"]), line("timm", parts["timm"]), "",
         f"Of timm's {len(families)} families, {len(reached)} have a member that passed.", "",
-        *([f"{len(large)} models of {min(large):,} weights and more are not run: for want of time, not for what they are.", ""]
-          if large else []),
+        f"The largest that passed has {max(passed, default=0):,} weights.",
+        *([f"{len(sizes)} models of {min(sizes):,} weights and more are not reached, for want of time."] if sizes else []),
+        *([f"{len(large)} of {min(large):,} and more are too large for this machine's memory: {_NEEDED}"] if large else []), "",
         "`not reached` has not been tried: the command goes on there, and `--table` writes this page anew. The rows were made",
         "while the code was being repaired; those that failed were repeated afterwards, those that passed were not.", "",
         "## Refused and failed", "", "| model | outcome | stage | reason |", "|---|---|---|---|",
@@ -629,11 +648,12 @@ def run(args: argparse.Namespace) -> None:
     wanted = wanted[which - 1 :: of]
     rows = read_rows(args.out)
     again = () if args.retry is None else tuple(args.retry)
-    todo = [e for e in wanted if e["name"] not in rows or (rows[e["name"]]["outcome"] in again)]
+    tried = {name for name, row in rows.items() if row["outcome"] in OUTCOMES and row["outcome"] not in again}
+    todo = [e for e in wanted if e["name"] not in tried]
     todo.sort(key=lambda e: rows.get(e["name"], {}).get("parameters", 0))  # what was too large: the smaller ones first
     deadline = time.monotonic() + args.time_limit * 60 if args.time_limit else float("inf")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with machine(args.largest, args.scratch) as here, open(args.out, "a") as file:
+    with machine(args.memory * 1e9 if args.memory else None, args.scratch) as here, open(args.out, "a") as file:
         here.seen = {row["signature"]: row["name"] for row in rows.values() if row.get("signature")}
         for done, entry in enumerate(todo, 1):
             if time.monotonic() > deadline:
@@ -656,7 +676,7 @@ def main() -> None:
     parser.add_argument("--share", default="1/1", metavar="K/N", help="every Nth model from the Kth on: N sweeps, one file")
     parser.add_argument("--retry", nargs="*", metavar="OUTCOME", help="repeat the rows with these outcomes")
     parser.add_argument("--time-limit", type=float, metavar="MINUTES")
-    parser.add_argument("--largest", type=int, default=350_000_000, metavar="N", help="weights a network may have")
+    parser.add_argument("--memory", type=float, metavar="GB", help="what a model may need, if not all that is free")
     parser.add_argument("--scratch", type=Path, help="folder for temporary files")
     parser.add_argument("--table", type=Path, metavar="FILE", help="only write the page about the rows there are")
     parser.add_argument("--read-back", action="store_true", help=argparse.SUPPRESS)

@@ -139,18 +139,20 @@ def _state(net: nn.Module, half: bool) -> dict[str, Tensor]:
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
         raise UserError(f"the network's state {odd[0]!r} is not a tensor", "safetensors holds tensors only")
+    return unshared({name.replace("_orig_mod.", ""): value for name, value in state.items()})
+
+
+def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors, contiguous and each in memory of its own: themselves where that is so, otherwise copies."""
     taken: set[int] = set()
-    return {name.replace("_orig_mod.", ""): _unshared(value.detach(), taken) for name, value in state.items()}
-
-
-def _unshared(value: Tensor, taken: set[int]) -> Tensor:
-    """The tensor in memory that it shares with none of those `taken`: itself where that is so, else a copy."""
-    value = value.contiguous()
-    storage = value.untyped_storage()
-    if storage.data_ptr() in taken or storage.nbytes() > value.nbytes:
-        return value.clone()
-    taken.add(storage.data_ptr())
-    return value
+    found = {}
+    for name, value in state.items():
+        whole = value.detach().contiguous()
+        storage = whole.untyped_storage()
+        shared = storage.data_ptr() in taken or storage.nbytes() > whole.nbytes
+        found[name] = whole.clone() if shared else whole
+        taken.add(storage.data_ptr())
+    return found
 
 
 def _write_weights(path: Path, state: dict[str, Tensor], head: dict[str, str]) -> None:

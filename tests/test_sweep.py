@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ def sweep():
 
 @pytest.fixture(scope="module")
 def machine(sweep, tmp_path_factory):
-    with sweep.machine(50_000_000, tmp_path_factory.mktemp("sweep")) as here:
+    with sweep.machine(None, tmp_path_factory.mktemp("sweep")) as here:
         yield here
 
 
@@ -48,12 +49,21 @@ def test_a_sample(sweep, machine, name, classifier):
     assert name in again["reason"]
 
 
+def test_what_the_memory_does_not_hold_is_not_tried(sweep, machine):
+    small = dataclasses.replace(machine, memory=2.3e9)
+    row = sweep.sweep({"name": "timm:resnet50", "family": "timm resnet"}, small)
+    assert row["outcome"] == "too large"
+    assert row["reason"] == "needs 2.36 GB of memory, 2.3 are free"
+
+
 def test_the_list_and_the_page(sweep):
     every = sweep.every_model()
     assert len({entry["name"] for entry in every}) == len(every) > 1300
     assert sum(entry["name"].startswith("robustbench:") for entry in every) == 206
     first, second = every[0]["name"], every[1]["name"]
     rows = {first: {"outcome": "passed"}, second: {"outcome": "failed", "stage": "load", "reason": "a | b"}}
+    rows[every[2]["name"]] = {"outcome": "too large", "parameters": 5_000_000_000}
     page = sweep.table(rows, every, "python benchmarks/sweep_models.py")
+    assert "1 of 5,000,000,000 and more are too large for this machine's memory" in page
     assert f"| `{second}` | failed | load | a / b |" in page
     assert page.count(" not reached |") == 2
