@@ -175,7 +175,7 @@ def export(
         checkpoint, origin = model, None
     else:
         checkpoint = load(model, models_dir=models_dir, allow_pickle=allow_pickle)
-        origin = model_folder.find(model) or sources.embedded().get(str(model))
+        origin = model_folder.made(model) or model_folder.find(model) or sources.embedded().get(str(model))
     config: dict[str, Any] = {}
     head: dict[str, str] = {}
     if origin is not None:

@@ -21,10 +21,22 @@ from robustify.sources import Checkpoint
 from robustify.stages import measure_test, named
 
 
-def begins(run: Path, start: PixelModel) -> bool:
-    """Return whether a run began from this network: what the run knows of its base model is true of the line only then."""
+def lacking(end: str, run: Path | None, recipe: Recipe | None, start: PixelModel) -> str | None:
+    """Return what is missing for a card of the line's points, None when nothing is.
+
+    end: what the user calls the network at the line's end; run, recipe: the folder and the recipe that it was made in. What
+    they know of their base model is true of the line only if it begins there, at `start`.
+    """
+    if run is None:
+        return f"{end} is neither a run's folder nor one that robustify export wrote"
     kept = belongings(run)
-    return REPORT in kept and load_pair(kept[REPORT])[0].facts.get("model") == model_digest(start)
+    if absent := [name for name in (RECIPE, REPORT) if name not in kept]:
+        return f"{end} has no {' and no '.join(absent)}"
+    if recipe is None:
+        return f"the recipe of {end} cannot be followed"
+    if load_pair(kept[REPORT])[0].facts.get("model") != model_digest(start):
+        return f"the line does not begin at the network that {end} was made from"
+    return None
 
 
 def export_blended(
@@ -42,7 +54,7 @@ def export_blended(
 ) -> Path:
     """Write the chosen point into `folder` with recipe, report, pictures and card; return the folder's absolute path.
 
-    checkpoint: with the chosen weights. start: the network where the line begins, which `begins` the run; what the run
+    checkpoint: with the chosen weights. start: the network where the line begins, and the run, see `lacking`; what the run
     measured of it is not measured again, unless the images are others. run: the folder with the config.json of the run
     where the line ends; recipe: that run's. said: which point this is, for the card, where the run's remarks, license and
     own text go along. command: what was typed. Raises UserError like `export`.

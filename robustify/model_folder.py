@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from robustify.card_update import has_own_text, made_of, update
 from robustify.errors import UserError
 from robustify.front_matter import eval_results
 from robustify.report import Report, load_pair
+from robustify.sources import hub
 from robustify.sources.checkpoint import agreed_license
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -30,6 +32,7 @@ FIGURES = {  # captions, in the card's order
 }
 LICENSE = "LICENSE"  # the base model's terms, put there by a person
 VERDICTS = [str(Path(name).with_suffix(".npz")) for name in (REPORT, HALF)]
+BELONGINGS = (RECIPE, REPORT, *VERDICTS, CARD, LICENSE, *FIGURES, HALF, RESULTS)  # go along wherever the model goes
 # what says something of one model, and must not outlive it where another takes its place
 OURS = (CONFIG, WEIGHTS, *FORMATS.values(), *FIGURES, RECIPE, REPORT, HALF, *VERDICTS, RESULTS)
 
@@ -40,11 +43,30 @@ def find(source: str | Path) -> Path | None:
     return next((place for place in (folder, folder / "model") if (place / CONFIG).is_file()), None)
 
 
+def made(source: str | Path) -> Path | None:
+    """Return the folder, here or on the hub, of a model that robustify made; None where the source is anything else.
+
+    Of a folder of the hub the files that belong to the model are fetched, as far as it has them and there is a network.
+    Raises UserError when it has no config.json.
+    """
+    prefix, _, repo = str(source).partition(":")
+    folder = hub.file(repo, CONFIG).parent if prefix == "hf-hub" else find(source)
+    try:
+        config = read_config(folder) if folder else None
+    except UserError:
+        return None
+    if config and prefix == "hf-hub":
+        with suppress(UserError):  # no network: what is here already will do
+            for name in BELONGINGS:
+                hub.optional_file(repo, name)
+    return folder
+
+
 def belongings(folder: Path) -> dict[str, Path]:
     """Return the files that go with a model wherever it goes, but for its weights: name -> where it is now."""
-    names = [CARD, LICENSE, *FIGURES, RECIPE, REPORT, HALF, *VERDICTS, RESULTS]
-    found = {name: place / name for place in (_beside(folder), folder) for name in names if (place / name).is_file()}
-    return {name: found[name] for name in names if name in found}
+    places = (_beside(folder), folder)
+    found = {name: place / name for place in places for name in BELONGINGS if (place / name).is_file()}
+    return {name: found[name] for name in BELONGINGS if name in found}
 
 
 def write_card(folder: str | Path, *, place: Path | None = None, license: str | None = None) -> Path:

@@ -59,7 +59,13 @@ def test_what_is_published_loads_from_the_hub(hub, run, tmp_path):
         "import robustify, torch, sys\n"
         "there, here = (robustify.load(s).model for s in ('hf-hub:me/robust', sys.argv[1]))\n"
         "x = torch.rand(2, 3, 32, 32)\n"
-        "assert torch.equal(there(x), here(x))"
+        "assert torch.equal(there(x), here(x))\n"
+        "from robustify import model_folder\n"
+        "from robustify.cli.evaluate import recipe_of\n"
+        "threats = {recipe_of(s).threat for s in ('hf-hub:me/robust', sys.argv[1])}\n"
+        "assert len(threats) == 1, threats\n"
+        "kept = model_folder.belongings(model_folder.made('hf-hub:me/robust'))\n"
+        "assert {'recipe.yaml', 'report.json', 'report.npz'} <= kept.keys()"
     )
     environment = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path / "cache")}
     subprocess.run([sys.executable, "-c", code, str(run)], check=True, env={**os.environ, **environment})

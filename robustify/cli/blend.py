@@ -19,7 +19,7 @@ def run(
     context: typer.Context,
     start: Annotated[str, typer.Argument(metavar="A", help="Where the line begins: the network as it was loaded.")],
     end: Annotated[
-        str, typer.Argument(metavar="B", help="Where it ends: a run's folder, or a model of the same kind.")
+        str, typer.Argument(metavar="B", help="Where it ends: a run's or an exported folder, or a model of the same kind.")
     ],
     points: Annotated[int, Option(min=2, metavar="N", help="Points to measure, both ends among them.")] = 11,
     max_clean_drop: Annotated[
@@ -46,8 +46,8 @@ def run(
 ) -> None:
     """Measure the networks on the line between two, choose one and export it.
 
-    The choice is made on held-out images. Where B is a run's folder, what is exported is measured on its test images with
-    its attacks, and gets a card, if A is the network that the run began from.
+    The choice is made on held-out images. Where B is a run's folder, or one that robustify exported, here or on the hub,
+    what is exported is measured on its test images with its attacks, and gets a card, if A is the network that B was made from.
 
     \b
     robustify blend Zhang2019 runs/Zhang2019-wasserstein --max-clean-drop 2 -o zhang-robust
@@ -58,7 +58,7 @@ def run(
 
         from robustify import api, files, model_folder, plots
         from robustify.blend import between, choose, curve, in_words, quick
-        from robustify.blended import begins, export_blended
+        from robustify.blended import export_blended, lacking
         from robustify.events import Progress
         from robustify.methods import withstood
         from robustify.threat import ThreatModel
@@ -93,8 +93,9 @@ def run(
         model.net.load_state_dict(between(a, b, chosen.alpha))
         if chosen.alpha == 0:
             console.note(f"warning: the start itself is chosen: nothing of {end} is in it")
-        place = model_folder.find(end) if recipe is not None else None
-        if output is not None and recipe is not None and place is not None and begins(place, first.model):
+        place = model_folder.made(end)
+        why = lacking(end, place, recipe, first.model)
+        if output is not None and recipe is not None and place is not None and why is None:
             measured_by = f"{used} at {' and '.join(map(str, threats))}"
             said = in_words(chosen, points, count or len(found.val), start, end, measured_by, max_clean_drop)
             command = options.command(options.typed(context))
@@ -103,7 +104,6 @@ def run(
             )
         elif output is not None:
             api.export(checkpoint, output, force=force)
-            why = f"{end} is not a run's folder" if place is None else f"{start} is not the network that {end} began from"
             console.note(f"no card: {why}, so it is not known what these weights were made of")
     if figure is not None:
         plots.trade_off(

@@ -65,7 +65,7 @@ def run(
 ) -> None:
     """Measure clean and robust accuracy, with 95 % intervals.
 
-    Of a run's folder the data and the threat are known.
+    Of a run's or an exported folder the data and the threat are known.
 
     \b
     robustify evaluate runs/digits-wasserstein
@@ -186,8 +186,8 @@ def load(
     watch(Progress("loading the model", 0, 1))
     checkpoint = api.load(source, models_dir=models_dir, allow_pickle=allow_pickle)
     how: dict[str, Any] = {"seed": seed or 0}
-    if recipe and data in (None, recipe.data.name):
-        data, own = recipe.data.name, recipe.data
+    if recipe and _is_that(data, recipe.data.name):
+        data, own = data or recipe.data.name, recipe.data
         how = {"seed": recipe.train.seed, "val_fraction": own.val_fraction, "limit": own.limit}
         how["root"] = Path(own.root) if own.root else None
     if data is None:
@@ -211,6 +211,15 @@ def _check_images(data: str | None, split: str | None, n: str | None) -> None:
         sample(known, asked, 0)
 
 
+def _is_that(data: str | None, trained: str) -> bool:
+    """Return whether the data named are those of the training, wherever they lie now; unnamed, whether they lie there."""
+    kind, colon, place = trained.partition(":")
+    if data is None:
+        return not colon or Path(place).expanduser().exists()
+    named, _, other = data.partition(":")
+    return data == trained or (bool(colon) and named == kind and Path(other).name == Path(place).name)
+
+
 def _own_data(source: str, checkpoint: Checkpoint) -> str:
     """Return the data that the model was made for. Raises UserError when it is not known, or not known where it lies."""
     kind, colon, name = (checkpoint.dataset or "imagenet").partition(":")
@@ -225,16 +234,23 @@ def _own_data(source: str, checkpoint: Checkpoint) -> str:
 
 
 def recipe_of(source: str) -> Recipe | None:
-    """Return the recipe of the run that the source is the folder of, or its model/; else None."""
+    """Return the recipe that made the source: of a run's folder, of one that robustify export wrote, here or on the hub.
+
+    None for anything else, and where the recipe is of a version of robustify that had other settings, which is said.
+    """
+    from robustify import model_folder
     from robustify.resolve import resolve
     from robustify.sources.options import split
 
-    folder = Path(split(source)[0].removeprefix("local-dir:")).expanduser()
-    for place in (folder, folder.resolve().parent):
-        if (place / "recipe.yaml").is_file() and (place / "model").is_dir():
-            # its data and threat are asked for; whether pickles may run, this command's own flag says
-            return resolve(str(place / "recipe.yaml"), {"model.allow_pickle": False, "model.source": source}).recipe
-    return None
+    folder = model_folder.made(split(source)[0])
+    path = model_folder.belongings(folder).get(model_folder.RECIPE) if folder else None
+    if path is None:
+        return None
+    try:  # its data and threat are asked for; whether pickles may run, this command's own flag says
+        return resolve(str(path), {"model.allow_pickle": False, "model.source": source}).recipe
+    except UserError as error:
+        console.note(f"warning: the recipe of {source} is not followed: {error.message}")
+        return None
 
 
 def _unfinished(output: Path) -> Path:

@@ -63,10 +63,27 @@ def test_blend_measures_the_line_and_exports_the_choice(robustify, hardened, tmp
         assert all((a[name] == b[name]).all() for name in b)
 
 
+def test_an_exported_folder_ends_a_line_as_its_run_does(robustify, hardened, tmp_path):
+    assert robustify("export", hardened, "exported").code == 0
+    ran = robustify("blend", "digits", "exported", "--points", "2", "--n", "20", "-o", "blended", "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["threat"] == "W2-Linf:0.1"  # of the recipe, which went along
+    before, after = load_pair(tmp_path / "blended" / "report.json")
+    assert after.facts["model"] == model_digest(load(tmp_path / "blended").model)
+    assert before.rows[0].n == 64
+    (tmp_path / "exported" / "report.json").unlink()
+    ran = robustify("blend", "digits", "exported", "--points", "2", "--n", "20", "-o", "blended", "--force")
+    assert "no card: exported has no report.json" in " ".join(ran.err.split())
+    (tmp_path / "exported" / "recipe.yaml").write_text("model: {source: digits}\nlayers: last\n")
+    ran = robustify("blend", "digits", "exported", "--points", "2", "--n", "20")
+    assert ran.code == 0, ran.err
+    assert "warning: the recipe of exported is not followed:" in " ".join(ran.err.split())
+
+
 def test_a_line_that_ends_at_no_run_gets_no_card(robustify, tmp_path):
     ran = robustify("blend", "digits", "digits", "--points", "2", "--n", "10", "-o", "blended")
     assert ran.code == 0, ran.err
-    assert "no card: digits is not a run's folder" in ran.err
+    assert "no card: digits is neither a run's folder nor one that robustify export wrote" in " ".join(ran.err.split())
     assert "warning: the start itself is chosen: nothing of digits is in it" in " ".join(ran.err.split())
     assert not (tmp_path / "blended" / "README.md").exists()
 
@@ -75,7 +92,7 @@ def test_a_line_that_begins_elsewhere_than_the_run_gets_no_card(robustify, finis
     folder, _ = finished  # of random weights
     ran = robustify("blend", "digits", folder, "--points", "2", "--n", "10", "-o", "blended")
     assert ran.code == 0, ran.err
-    assert "digits is not the network that" in " ".join(ran.err.split())
+    assert "the line does not begin at the network that" in " ".join(ran.err.split())
     assert (tmp_path / "blended" / "model.safetensors").is_file()
     assert not (tmp_path / "blended" / "README.md").exists()
 

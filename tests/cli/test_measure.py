@@ -452,3 +452,16 @@ def test_compare_several_reports(robustify, finished, tmp_path):
         ran = robustify("compare", *arguments)
         assert (ran.code, ran.out) == (2, "")
         assert said in ran.err
+
+
+def test_a_runs_data_are_known_again_where_they_lie_now(tmp_path, monkeypatch):
+    from robustify.cli.evaluate import _is_that
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pets").mkdir()
+    assert _is_that(None, "cifar10")
+    assert _is_that(None, "folder:pets")
+    assert not _is_that(None, "folder:/of/another/machine/pets")
+    assert _is_that("folder:there/pets", "folder:/of/another/machine/pets")
+    assert not _is_that("folder:there/cats", "folder:/of/another/machine/pets")
+    assert not _is_that("cifar100", "cifar10")
