@@ -23,6 +23,7 @@ from robustify.pixels import PixelModel
 from robustify.threat import ThreatModel
 
 Weights = Mapping[str, Tensor]
+FEW = 500  # held-out images, on which an accuracy has a standard error of up to 2.2 points
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,14 @@ def choose(points: Sequence[Point], max_clean_drop: float | None = None) -> Poin
     ordered = sorted(points, key=lambda point: point.alpha)
     floor = -1.0 if max_clean_drop is None else ordered[0].clean - max_clean_drop / 100
     return max((point for point in ordered if point.clean >= floor - 1e-9), key=lambda point: point.robust)
+
+
+def few(n: int) -> str | None:
+    """Return what to say when the point is chosen on so few held-out images that chance has a part in it."""
+    if n >= FEW:
+        return None
+    error = f"an accuracy on them has a standard error of up to {50 / n**0.5:.1f} points"
+    return f"only {n} held-out images choose the point: {error}"
 
 
 def in_words(

@@ -16,7 +16,7 @@ from robustify.export import export
 from robustify.model_folder import CARD, LICENSE, RECIPE, REPORT, belongings, read_config, robustness_of, write_card
 from robustify.pixels import PixelModel
 from robustify.recipe import Recipe
-from robustify.report import load_pair, save_pair
+from robustify.report import Report, load_pair, save_pair
 from robustify.sources import Checkpoint
 from robustify.stages import measure_test, named
 
@@ -51,8 +51,9 @@ def export_blended(
     *,
     force: bool = False,
     listener: Listener,
-) -> Path:
-    """Write the chosen point into `folder` with recipe, report, pictures and card; return the folder's absolute path.
+) -> tuple[Report, Report]:
+    """Write the chosen point into `folder` with recipe, report, pictures and card; return its reports on the test images,
+    of the start and of the point.
 
     checkpoint: with the chosen weights. start: the network where the line begins, and the run, see `lacking`; what the run
     measured of it is not measured again, unless the images are others. run: the folder with the config.json of the run
@@ -81,7 +82,7 @@ def export_blended(
         write_card(stage, place=target)
 
     x, _ = data.test.batch(range(min(64, len(data.test))))
-    return export(
+    export(
         checkpoint,
         checkpoint.model,
         folder,
@@ -92,3 +93,4 @@ def export_blended(
         finish=finish,
         force=force,
     )
+    return before, after

@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 
+from robustify.errors import UserError
+
 _Z95 = 1.959963984540054
 
 
@@ -33,6 +35,14 @@ def paired_difference(before: np.ndarray, after: np.ndarray) -> tuple[float, flo
     centre = (up - down) / total
     half = _Z95 * math.sqrt(up + down - (up - down) ** 2 / total) / total
     return (won - lost) / n, max(-1.0, centre - half), min(1.0, centre + half)
+
+
+def points(value: float) -> float:
+    """Return a loss of accuracy in points of 100 as it was given. Raises UserError for what is surely a fraction."""
+    if 0 < value < 0.1:
+        message = f"{value:g} is in points of 100, and less than one image in a thousand"
+        raise UserError(message, f"for {100 * value:g} points of clean accuracy give {100 * value:g}, for none 0")
+    return value
 
 
 def percent(share: float) -> str:

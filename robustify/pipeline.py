@@ -56,6 +56,12 @@ class Result:
     pixel_model: PixelModel
     recipe: Recipe
 
+    @property
+    def hardened(self) -> bool:
+        """Whether the weights are others than those that were loaded: the start is kept when nothing beat it."""
+        before, after = (report.facts.get("model") for report in self.report)
+        return before != after
+
 
 def finetune(
     recipe: Recipe,

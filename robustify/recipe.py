@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from robustify.attacks import AttackSpec
 from robustify.errors import UserError, nearest
+from robustify.intervals import points
 from robustify.methods import METHODS, AnyMethod, Gaat, has_consistency, withstood
 from robustify.methods.base import OwnStep, replays
 from robustify.methods.remedies import Remedy, next_remedy
@@ -109,6 +110,11 @@ class TrainSettings(Settings):
     on_collapse: Remedy | None = None
     checkpoint_steps: int | None = Field(default=None, ge=1)
     tracker: str | None = None
+
+    @field_validator("max_clean_drop")
+    @classmethod
+    def _in_points(cls, drop: float | None) -> float | None:
+        return drop if drop is None else _as_value_error(points, drop)
 
     @model_validator(mode="after")
     def _divisible(self) -> TrainSettings:

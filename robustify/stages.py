@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from robustify import files
-from robustify.blend import Weights, between, choose, curve, in_words, quick
+from robustify.blend import Weights, between, choose, curve, few, in_words, quick
 from robustify.card_figures import Gallery, draw
 from robustify.data import Data, Split, digest
 from robustify.distributed import World
@@ -47,6 +47,8 @@ def go_back(
 ) -> str:
     """Leave the model at the most robust point of the line that keeps the clean accuracy asked for. Returns what was done."""
     n, end = min(BLEND_IMAGES, len(data.val)), weights_of(model)
+    if (warning := few(n)) is not None:
+        tell(Note(f"{warning}; hold out more (data.val_fraction; val_data in robustify.harden)", "warning"))
     threats = withstood(recipe.method, recipe.threat)
     points = curve(
         model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
@@ -13,6 +13,11 @@ from typer import Option
 from robustify import console
 from robustify.cli import evaluate, options
 from robustify.errors import UserError
+from robustify.intervals import percent, percent_interval, wilson
+from robustify.intervals import points as points_of_100
+
+if TYPE_CHECKING:
+    from robustify.blend import Point
 
 
 def run(
@@ -57,8 +62,10 @@ def run(
         import torch
 
         from robustify import api, files, model_folder, plots
-        from robustify.blend import between, choose, curve, in_words, quick
+        from robustify.blend import between, choose, curve, few, in_words, quick
         from robustify.blended import export_blended, lacking
+        from robustify.compare import compare
+        from robustify.evaluation import rows_of
         from robustify.events import Progress
         from robustify.methods import withstood
         from robustify.threat import ThreatModel
@@ -66,6 +73,13 @@ def run(
     given = ThreatModel.parse(threat or (recipe.threat if recipe else api.DEFAULT_RADIUS))
     threats = withstood(recipe.method, given) if recipe else (given,)
     used = attack or quick(threats)
+    rows_of([used], threats)
+    options.count(n, options.FEW)
+    if max_clean_drop is not None:
+        points_of_100(max_clean_drop)
+    if figure is not None:
+        plots.check(figure)
+    reports = None
     if output is not None:
         files.new_folder(output, force)
     with console.Watch() as watch:
@@ -76,8 +90,11 @@ def run(
         if not (torch.equal(first.model.mean, model.mean) and torch.equal(first.model.std, model.std)):
             hint = "blend a run with the network it began from"
             raise UserError(f"{start} and {end} normalise their images differently", hint)
-        count = options.count(n, len(found.val))
-        measured = curve(
+        count = options.count(n, len(found.val)) or len(found.val)
+        if (warning := few(count)) is not None:
+            whole = "no more were held out when the run was trained (data.val_fraction)"
+            console.note(f"warning: {warning}; {whole if count == len(found.val) else 'take --n all'}")
+        line = curve(
             model,
             a,
             b,
@@ -89,7 +106,7 @@ def run(
             seed=seed or 0,
             tell=lambda done, total: watch(Progress("measuring the line", done, total)),
         )
-        chosen = choose(measured, max_clean_drop)
+        chosen = choose(line, max_clean_drop)
         model.net.load_state_dict(between(a, b, chosen.alpha))
         if chosen.alpha == 0:
             console.note(f"warning: the start itself is chosen: nothing of {end} is in it")
@@ -97,9 +114,9 @@ def run(
         why = lacking(end, place, recipe, first.model)
         if output is not None and recipe is not None and place is not None and why is None:
             measured_by = f"{used} at {' and '.join(map(str, threats))}"
-            said = in_words(chosen, points, count or len(found.val), start, end, measured_by, max_clean_drop)
+            said = in_words(chosen, points, count, start, end, measured_by, max_clean_drop)
             command = options.command(options.typed(context))
-            export_blended(
+            reports = export_blended(
                 checkpoint, first.model, place, recipe, found, said, command, output, force=force, listener=watch
             )
         elif output is not None:
@@ -107,19 +124,29 @@ def run(
             console.note(f"no card: {why}, so it is not known what these weights were made of")
     if figure is not None:
         plots.trade_off(
-            figure, {f"{start} to {end}": np.array([[p.alpha, p.clean, p.robust] for p in measured])}, given
+            figure, {f"{start} to {end}": np.array([[p.alpha, p.clean, p.robust] for p in line])}, given
         )
         console.note(f"figure: {figure}")
+
+    def told(point: Point) -> dict[str, Any]:
+        intervals = {f"{name}_interval": wilson(count * getattr(point, name), count) for name in ("clean", "robust")}
+        return {**asdict(point), **intervals}
+
+    def accuracy(share: float) -> str:
+        return f"{percent(share)} {percent_interval(wilson(count * share, count))}"
+
+    measured = compare(reports)[0] if reports else None
     following = f"robustify evaluate {shlex.quote(str(output))}" if output else None
     if as_json:
-        facts = {"start": start, "end": end, "data": found.name, "split": "val", "n": count or len(found.val)}
+        facts = {"start": start, "end": end, "data": found.name, "split": "val", "n": count}
         console.result_json(
             {
                 **facts,
                 "threat": given.spec,
                 "attack": used,
-                "points": [asdict(point) for point in measured],
-                "chosen": asdict(chosen),
+                "points": [told(point) for point in line],
+                "chosen": told(chosen),
+                "measured": measured and measured.to_json(),
                 "next": following,
             }
         )
@@ -128,16 +155,20 @@ def run(
         [
             {
                 "alpha": f"{point.alpha:g}",
-                "clean": f"{100 * point.clean:.1f} %",
-                f"{used.partition(':')[0]} at {given}": f"{100 * point.robust:.1f} %",
+                "clean": accuracy(point.clean),
+                f"{used.partition(':')[0]} at {given}": accuracy(point.robust),
                 "": "chosen" if point == chosen else "",
             }
-            for point in measured
+            for point in line
         ]
     )
     console.note(
-        f"on {count or len(found.val)} held-out images of {found.name}; alpha is the way from {start} to {end}"
+        f"on {count} held-out images of {found.name}, with 95 % intervals; alpha is the way from {start} to {end}"
     )
+    if reports and measured:
+        console.result("")
+        console.changes(measured)
+        console.note(f"on {measured.n} images of the {reports[1].split} split; before: {start}, after: the point chosen")
     if following:
         console.result(f"model: {output}")
         console.result(f"next: {following}")

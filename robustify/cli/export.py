@@ -53,6 +53,9 @@ def run(
     """
     with console.status("loading torch"):
         from robustify import api, files
+        from robustify.compare import compare
+        from robustify.model_folder import HALF
+        from robustify.report import load_pair
     files.new_folder(folder, force)
     submission = _submission(robustbench, report, paper, half)
     recipe = evaluate.recipe_of(source)
@@ -79,10 +82,14 @@ def run(
             listener=watch,
         )
     following = shlex.join(["robustify", "evaluate", str(folder), *_data_flag(recipe, data, target)])
+    found = compare(load_pair(target / HALF))[0] if half else None
     if as_json:
         names = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
-        console.result_json({"folder": str(target), "files": names, "next": following})
+        console.result_json({"folder": str(target), "files": names, "half": found and found.to_json(), "next": following})
         return
+    if found:
+        console.table(found.table(("single precision", "rounded")))
+        console.note(f"n = {found.n}; differences in points, with 95 % intervals")
     console.result(f"model: {folder}")
     console.result(f"next: {following}")
 

@@ -15,7 +15,7 @@ from robustify.cli import ends, evaluate, options
 from robustify.errors import UserError
 
 if TYPE_CHECKING:
-    from robustify.report import Report
+    from robustify.pipeline import Result
     from robustify.resolve import Resolved
 
 CHECKPOINT = "the last checkpoint is whole"
@@ -132,7 +132,7 @@ def run(
         console.note(resolved.note)
     with ends.explained(CHECKPOINT, lambda: again), console.Watch() as watch:
         result = pipeline.finetune(resolved.recipe, folder, resume=resume, force=force, command=command, listener=watch)
-    _show_result(*result.report, result.folder or folder, as_json)
+    _show_result(result, result.folder or folder, arguments, as_json)
 
 
 def default_name(source: str, method: str) -> str:
@@ -143,16 +143,26 @@ def default_name(source: str, method: str) -> str:
     return re.sub(r"[^\w.-]+", "-", f"{parts[-1] if parts else 'model'}-{method}").strip("-.")
 
 
-def _show_result(before: Report, after: Report, folder: Path, as_json: bool) -> None:
+def _show_result(result: Result, folder: Path, arguments: list[str], as_json: bool) -> None:
     from robustify.compare import compare
 
+    before, after = result.report
     (found,) = compare([before, after])
     following = f"robustify evaluate {shlex.quote(str(folder))} --attack pgd:steps=50,restarts=5"
+    if not result.hardened:
+        longer = ["--epochs", str(2 * result.recipe.train.epochs), "--force"]
+        kept = [argument for argument in options.without(arguments, "--epochs") if argument != "--force"]
+        following = options.command([*kept, *longer])
     if as_json:
+        facts = {"folder": str(folder), "hardened": result.hardened, "best_epoch": result.outcome.best_epoch}
         reports = {"before": before.to_json(), "after": after.to_json()}
-        console.result_json({"folder": str(folder), "comparison": found.to_json(), **reports, "next": following})
+        console.result_json({**facts, "comparison": found.to_json(), **reports, "next": following})
         return
     console.changes(found)
+    if not result.hardened:
+        trained = result.outcome.best_epoch > 0
+        why = "max_clean_drop went all the way back" if trained else "no epoch beat the start on the held-out images"
+        console.result(f"not hardened: {why}, so these are the weights that were loaded")
     console.result(f"model: {folder / 'model'}")
     console.result(f"next: {following}")
 

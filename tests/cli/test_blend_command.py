@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from robustify import load
 from robustify.cli import main
 from robustify.evaluation import model_digest
+from robustify.intervals import wilson
 from robustify.report import load_pair, save_pair
 
 
@@ -43,6 +44,13 @@ def test_blend_measures_the_line_and_exports_the_choice(robustify, hardened, tmp
     assert found["split"] == "val"
     assert (tmp_path / "blended" / "model.safetensors").is_file()
     assert found["next"] == "robustify evaluate blended"
+    for point in found["points"]:
+        assert point["clean_interval"] == list(wilson(30 * point["clean"], 30))
+        assert point["robust_interval"] == list(wilson(30 * point["robust"], 30))
+    assert "warning: only 30 held-out images choose the point" in ran.err
+    assert "no more were held out when the run was trained (data.val_fraction)" in ran.err
+    measured = found["measured"]  # on the test images, after the choice
+    assert (measured["n"], [line["attack"] for line in measured["differences"]]) == (64, ["clean", "fgsm"])
     card = (tmp_path / "blended" / "README.md").read_text()
     alpha = found["chosen"]["alpha"]
     way = f"the weights lie {alpha:g} of the way from digits to ~/run: of 3 points the most robust on 30 held-out images"
@@ -95,6 +103,45 @@ def test_a_line_that_begins_elsewhere_than_the_run_gets_no_card(robustify, finis
     assert "the line does not begin at the network that" in " ".join(ran.err.split())
     assert (tmp_path / "blended" / "model.safetensors").is_file()
     assert not (tmp_path / "blended" / "README.md").exists()
+
+
+def test_what_is_exported_is_shown_as_measured_on_the_test_images(robustify, hardened):
+    ran = robustify("blend", "digits", hardened, "--points", "2", "--n", "30", "-o", "blended")
+    assert ran.code == 0, ran.err
+    curve, measured = ran.out.split("\n\n")
+    assert curve.splitlines()[0].split("\t") == ["alpha", "clean", "knapsack at W2-Linf 0.1", ""]
+    assert re.fullmatch(r"0\t[\d.]+ % \[[\d.]+, [\d.]+\]\t[\d.]+ % \[[\d.]+, [\d.]+\]\t(chosen)?", curve.splitlines()[1])
+    header, clean, fgsm, *last = measured.splitlines()
+    assert header.split("\t") == ["attack", "threat", "before", "after", "change in points", "n"]
+    assert (clean.split("\t")[0], fgsm.split("\t")[:2]) == ("clean", ["fgsm", "Linf 0.1"])
+    assert last == ["model: blended", "next: robustify evaluate blended"]
+    assert "on 64 images of the test split; before: digits, after: the point chosen" in ran.err
+
+
+def test_a_fraction_is_no_number_of_points(robustify, hardened, monkeypatch):
+    monkeypatch.setattr("robustify.api.load", lambda *_, **__: pytest.fail("it loads the model"))
+    ran = robustify("blend", "digits", hardened, "--max-clean-drop", "0.02")
+    assert (ran.code, ran.out) == (2, "")
+    assert "0.02 is in points of 100, and less than one image in a thousand" in ran.err
+    assert "for 2 points of clean accuracy give 2" in ran.err
+    ran = robustify("finetune", "quickstart", "--max-clean-drop", "0.02")
+    assert ran.code == 2
+    assert "train.max_clean_drop: 0.02 is in points of 100" in ran.err
+    assert "give 2" in ran.err
+
+
+def test_blend_tells_cheap_mistakes_before_it_loads_a_model(robustify, hardened, monkeypatch):
+    monkeypatch.setattr("robustify.api.load", lambda *_, **__: pytest.fail("it loads the model"))
+    for arguments, said in (
+        (["--attack", "apgdce"], "Did you mean apgd-ce?"),
+        (["--attack", "w-pgd", "--threat", "L1:12"], "does not know the norm L1"),
+        (["--n", "few"], "--n few is not a number of images"),
+        (["--data", "digit"], "unknown data set 'digit'"),
+        (["--figure", "curve.pdf"], "a picture is a .png"),
+    ):
+        ran = robustify("blend", "digits", hardened, *arguments)
+        assert (ran.code, ran.out) == (2, "")
+        assert said in ran.err
 
 
 def test_blend_refuses_another_network(robustify, finished):

@@ -29,13 +29,29 @@ def test_a_run_ends_with_json_on_stdout_and_progress_on_stderr(finished):
             continue
         low, high = line["interval"]
         assert low <= high
-    assert result["next"].startswith(f"robustify evaluate {folder} --attack pgd")
+    assert result["next"].endswith(f"-o {folder} --json --epochs 2 --force")  # so short a run gains nothing
     assert "before training: clean" in done.stderr
     assert "exported" in done.stderr
     assert "Warning" not in done.stderr
     written = {path.name for path in (folder / "model").iterdir() if path.suffix != ".png"}  # pictures need matplotlib
     assert written == {"config.json", "model.safetensors", "README.md"}
     assert (folder / "recipe.yaml").read_text().startswith("# robustify finetune --model timm:robustify_digits_cnn")
+
+
+def test_a_run_that_gains_nothing_cannot_be_taken_for_one_that_did(robustify, tiny, finished):
+    """A learning rate of 1e-9 changes no verdict, so the start is kept; the exit code says that the run went well."""
+    ran = robustify("finetune", *tiny, "--set", "train.lr=1e-9", "-o", "run")
+    assert ran.code == 0, ran.err
+    said, model, following = ran.out.splitlines()[-3:]
+    assert said == "not hardened: no epoch beat the start on the held-out images, so these are the weights that were loaded"
+    assert model == "model: run/model"
+    assert following.startswith("next: robustify finetune --model timm:robustify_digits_cnn")
+    assert following.endswith("-o run --epochs 2 --force")
+    value = json.loads(finished[1].stdout)
+    assert (value["hardened"], value["best_epoch"]) == (False, 0)
+    value = json.loads(robustify("finetune", *tiny, "--set", "train.keep=last", "-o", "last", "--json").out)
+    assert (value["hardened"], value["best_epoch"]) == (True, 1)
+    assert value["next"] == "robustify evaluate last --attack pgd:steps=50,restarts=5"
 
 
 def test_a_finished_run_is_not_overwritten(robustify, finished, tiny):

@@ -264,7 +264,11 @@ def test_the_command_after_an_export_can_be_typed(robustify, finished, tmp_path)
 def test_half_precision_is_measured_and_written_down(robustify, finished, tmp_path):
     ran = robustify("export", finished[0], "half", "--half", "--format", "pt2", "--license", "mit")
     assert ran.code == 0, ran.err
+    header, *lines = [line.split("\t") for line in ran.out.splitlines()]
+    assert header == ["attack", "threat", "single precision", "rounded", "difference", "interval", "p"]
+    assert [line[0] for line in lines[:2]] == ["clean", "pgd"]
     before, after = load_pair(tmp_path / "half" / "half.json")
+    assert lines[1][2:4] == [percent(before.rows[1].accuracy), percent(after.rows[1].accuracy)]
     assert [row.attack for row in after.rows] == ["clean", "pgd"]
     card = (tmp_path / "half" / "README.md").read_text()
     section = card.partition("## Half precision")[2].partition("##")[0]
