@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--autoattack-n", type=int, default=64, help="images for AutoAttack, which runs twice; 0: none")
+    parser.add_argument("--compile", action="store_true", help="the bf16 search compiled too (torch.compile, a C++ compiler)")
     parser.add_argument("--quick", action="store_true", help="few images, one round, AutoAttack's loops shortened")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -195,8 +196,13 @@ def main() -> None:
 
     contenders: dict[str, Attack] = {
         "robustify": lambda: verdict(pgd(model, x, y, threat=threat, steps=STEPS)),
-        "robustify, bf16 search": lambda: verdict(pgd(search, x, y, threat=threat, steps=STEPS)),
     }
+    searches = {"robustify, bf16 search": search}
+    if args.compile:
+        compiled = Shadow(model).model.requires_grad_(False)  # with weights that want gradients it would compute theirs too
+        searches["robustify, bf16 search, compiled"] = torch.compile(compiled)  # pyright: ignore[reportArgumentType]
+    for name, network in searches.items():
+        contenders[name] = lambda network=network: verdict(pgd(network, x, y, threat=threat, steps=STEPS))
     for name, build in PEERS.items():
         try:
             attack = build(theirs, threat.eps)
@@ -207,16 +213,13 @@ def main() -> None:
     results = {"PGD-10": race("PGD-10", contenders, "robustify", args.rounds)}
 
     shared, steps = ThreatModel(threat.norm, threat.eps, 2.0), 10
-    results["W-PGD-10"] = race(
-        "W-PGD-10",
-        {
-            "published loop, restated": lambda: verdict(published_w_pgd(theirs, x, y, shared, steps)),
-            "robustify": lambda: verdict(w_pgd(model, x, y, threat=shared, steps=steps)),
-            "robustify, bf16 search": lambda: verdict(w_pgd(search, x, y, threat=shared, steps=steps)),
-        },
-        "published loop, restated",
-        args.rounds,
-    )
+    contenders = {
+        "published loop, restated": lambda: verdict(published_w_pgd(theirs, x, y, shared, steps)),
+        "robustify": lambda: verdict(w_pgd(model, x, y, threat=shared, steps=steps)),
+    }
+    for name, network in searches.items():
+        contenders[name] = lambda network=network: verdict(w_pgd(network, x, y, threat=shared, steps=steps))
+    results["W-PGD-10"] = race("W-PGD-10", contenders, "published loop, restated", args.rounds)
 
     if args.autoattack_n:
         few, labels = x[: args.autoattack_n], y[: args.autoattack_n]

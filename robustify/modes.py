@@ -65,7 +65,7 @@ class Nets:
 class Shadow:
     """A frozen bfloat16, channels-last copy of a model for the attack's search, refreshed once per optimiser step.
 
-    The search is three times faster so; verdicts and the first KL step stay in full precision (in bfloat16 that step is
+    The search is about twice as fast so on a CPU with bfloat16 (docs/speed.md); verdicts and the first KL step stay in full precision (in bfloat16 that step is
     rounding noise).
     """
 
