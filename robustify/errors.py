@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """Something the user can mend. `message` says what and which value; `hint` says what would do, or the command to type.
@@ -17,6 +19,14 @@ class UserError(Exception):
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str]]:
         return type(self), (self.message, self.hint)  # so that it travels between processes with its hint
+
+
+def together(errors: Sequence[UserError]) -> UserError:
+    """Return one mistake that tells all of these."""
+    if len(errors) == 1:
+        return errors[0]
+    lines = [f"  - {error.message}" + (f" ({error.hint})" if error.hint else "") for error in errors]
+    return UserError(f"{len(errors)} mistakes:\n" + "\n".join(lines))
 
 
 def nearest(word: str, known: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,15 +14,17 @@ from robustify import layers
 from robustify.arrays import counted_from_one
 from robustify.data import Data
 from robustify.distributed import World
-from robustify.errors import UserError
+from robustify.errors import UserError, together
 from robustify.evaluation import evaluate
 from robustify.events import Listener, Note, Progress
 from robustify.pixels import PixelModel
 from robustify.recipe import Recipe
 from robustify.rng import mix
 from robustify.sources import Checkpoint
+from robustify.sources import check as check_source
 from robustify.sources import load as load_source
 from robustify.sources.checkpoint import agreed_license
+from robustify.unlabelled import REST
 from robustify.verify import verify
 
 _WEIGHTS = 14  # first word of the seed, as in train.py
@@ -31,7 +34,8 @@ VERIFY_IMAGES = 500  # of the test set; a standard error of 1.6 points at 85 %
 def load_inputs(recipe: Recipe, listener: Listener) -> tuple[Checkpoint, Data]:
     """Return the recipe's model and data. Raises UserError when their classes do not agree."""
     m, d = recipe.model, recipe.data
-    datasets.check_name(d.name)
+    if mistakes := unknown_names(recipe):
+        raise together(mistakes)
     listener(Progress("loading the model", 0, 1))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(recipe.train.seed, _WEIGHTS))  # new classifiers and untrained networks are repeatable
@@ -61,6 +65,19 @@ def load_inputs(recipe: Recipe, listener: Listener) -> tuple[Checkpoint, Data]:
             f"take data of the same classes, or put a new classifier in: --num-classes {data.num_classes}",
         )
     return checkpoint, data
+
+
+def unknown_names(recipe: Recipe) -> list[UserError]:
+    """Return what is wrong with the names of the model and the data, as far as it is known before anything is loaded."""
+    m, d = recipe.model, recipe.data
+    names = [name for name in (d.name, d.unlabelled) if name not in (None, REST)]
+    found: list[UserError] = []
+    for check in (partial(check_source, m.source, m.dataset, m.threat), *(partial(datasets.check_name, n) for n in names)):
+        try:
+            check()
+        except UserError as error:
+            found.append(error)
+    return found
 
 
 def gate(recipe: Recipe, checkpoint: Checkpoint, data: Data, world: World, tell: Listener) -> None:

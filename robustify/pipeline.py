@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -20,10 +21,10 @@ from robustify import data as datasets
 from robustify.card_figures import Gallery
 from robustify.data import Data
 from robustify.distributed import World, busy_cores, main_first, make_accelerator
-from robustify.errors import UserError
+from robustify.errors import UserError, together
 from robustify.events import Event, Exported, Listener, Measured, Note, Planned
 from robustify.faults import Preempted, Termination, peers_watched, same_everywhere, sigterm_noted
-from robustify.inputs import augmentation, gate, load_inputs, prepare_weights
+from robustify.inputs import augmentation, gate, load_inputs, prepare_weights, unknown_names
 from robustify.memory import memory_explained
 from robustify.modes import borrowed
 from robustify.order import Pool
@@ -84,7 +85,7 @@ def finetune(
     folder = Path(out if resume in ("auto", "never") else resume)
     # an elastic launcher that starts the processes again means the run to go on
     force = force and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    checkpoint_at = world.on_main(lambda: open_run(folder, recipe, resume, force))
+    checkpoint_at = world.on_main(lambda: _open(folder, recipe, resume, force))
     if recipe.train.tracker:
         simple = {
             key: v if isinstance(v, (int, float, str, bool)) else str(v) for key, v in flat(recipe.to_dict()).items()
@@ -101,6 +102,14 @@ def finetune(
         )
     accelerator.end_training()
     return result
+
+
+def _open(folder: Path, recipe: Recipe, resume: str, force: bool) -> Path | None:
+    """open_run; a folder that it refuses hides no other mistake."""
+    try:
+        return open_run(folder, recipe, resume, force)
+    except UserError as refused:
+        raise together([refused, *unknown_names(recipe)]) from None
 
 
 def harden(
@@ -143,7 +152,10 @@ def harden(
     }
     if threat is not None:
         values["threat"] = ThreatModel.parse(threat)
-    recipe = build(values)
+    try:
+        recipe = build(values)
+    except UserError as error:  # the recipe's sections are no part of what was typed
+        raise UserError(re.sub(r"\b(train|eval|data)\.(?=\w)", "", error.message), error.hint) from None
     pixel_model = PixelModel(copy.deepcopy(model), mean, std)
     with borrowed(pixel_model), torch.no_grad():
         x, _ = data.test.batch([0])

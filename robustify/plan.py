@@ -6,22 +6,21 @@ import copy
 import time
 from typing import Any
 
-import torch
-
 from robustify import layers
 from robustify.data import Data
 from robustify.distributed import World, make_accelerator
 from robustify.durations import duration
 from robustify.events import Listener
+from robustify.gradients import gradient_norms
 from robustify.inputs import augmentation, gate, load_inputs, normalised, prepare_weights
 from robustify.memory import memory_explained
 from robustify.methods.base import replays
-from robustify.order import check_batch, labelled_of
+from robustify.order import check_batch, epoch_lists, labelled_of
 from robustify.pixels import PixelModel
 from robustify.recipe import Recipe
 from robustify.sensitivity import UpsilonTracker
 from robustify.sources import Checkpoint
-from robustify.step import check_derivatives, prepare, take_step
+from robustify.step import check_derivatives, prepare, set_train_mode, take_step
 from robustify.train import check_held_out
 from robustify.unlabelled import read_pool
 
@@ -117,15 +116,18 @@ def _time_one_step(recipe: Recipe, checkpoint: Checkpoint, data: Data, accelerat
     setup = prepare(
         model, recipe.method, recipe.threat, settings, accelerator, augmentation(recipe, data), len(data.train)
     )
-    if isinstance(setup.tracker, UpsilonTracker):
-        setup.tracker.measure(torch.ones(2, dtype=torch.float64), 2)
-    images = data.train.batch(range(n))
+    set_train_mode(setup)
+    first = epoch_lists(len(data.train), 0, settings, World(), n, 1)[0]
+    x, y = (part.to(accelerator.device) for part in data.train.batch(first))
+    if isinstance(setup.tracker, UpsilonTracker):  # the run measures it on more images
+        objective = recipe.method.adversary.objective  # pyright: ignore[reportAttributeAccessIssue]
+        setup.tracker.measure(gradient_norms(model, [(x, y)], objective, recipe.threat.norm), n)
     begin = time.perf_counter()
-    losses, _ = take_step(setup, iter([images]), 0)
+    losses, _ = take_step(setup, iter([(x, y)]), 0)
     took = (time.perf_counter() - begin) * batch / n
     steps = len(data.train) // labelled_of(recipe) * replays(recipe.method) * recipe.train.epochs
     return {
-        "one step": f"{took:.2f} s for a batch of {batch}, from one of {n}; loss {losses['total']:.4g}",
+        "one step": f"{took:.2f} s for a batch of {batch}, from its first {n}; loss {losses['total']:.4g} on them",
         "training time": f"about {duration(took * steps)} on one process, without evaluation",
         "not included": "what several processes exchange, and the speed that they bring",
     }

@@ -121,7 +121,8 @@ def train(
     if len(probe) < FEW:
         yield Note(
             f"only {len(probe)} held-out images choose the best epoch and tell a collapse: an accuracy on them has a standard "
-            f"error of up to {50 / len(probe) ** 0.5:.0f} points; hold out more (data.val_fraction, train.probe_images)",
+            f"error of up to {50 / len(probe) ** 0.5:.0f} points; hold out more (data.val_fraction, train.probe_images; "
+            "val_data, probe_images in robustify.harden)",
             "warning",
         )
     setup.hook = attach(
@@ -236,7 +237,8 @@ def train(
     if state.best_epoch == 0:
         yield Note(
             "no epoch was better on the held-out images than the start, so the start's weights are kept: train for more "
-            "epochs, at another learning rate (train.lr), or take the last epoch's (train.keep: last)",
+            "epochs, at another learning rate (train.lr), or take the last epoch's (train.keep: last; lr, keep='last' in "
+            "robustify.harden)",
             "warning",
         )
     elif s.keep == "last" and state.best_epoch < state.epoch and not state.collapsed:

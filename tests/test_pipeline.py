@@ -247,6 +247,18 @@ def test_a_model_that_is_not_what_it_claims_is_refused_before_anything_is_spent(
     assert facts["model"].endswith("Sehwag2021Proxy_R18")
 
 
+@pytest.mark.parametrize("method", ["wasserstein", "trades"])
+def test_the_plans_step_is_the_first_of_the_training(tmp_path, method):
+    """With as few images as the plan takes on a CPU, its loss is the one that the run logs first."""
+    recipe = quick("data.limit=20", "train.batch_size=16", "train.epochs=1", "eval.n=8", **{"method.name": method})
+    said = plan(recipe)["one step"]
+    events = []
+    finetune(recipe, tmp_path / "run", listener=events.append)
+    first = next(event for event in events if isinstance(event, StepEnd))
+    assert said.endswith("on them")
+    assert float(said.rpartition("loss ")[2].split()[0]) == pytest.approx(first.losses["total"], rel=1e-3)
+
+
 def test_too_little_memory_names_a_smaller_batch():
     with pytest.raises(UserError, match=r"train.batch_size=32"), memory_explained(quick()):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
@@ -293,10 +305,20 @@ def test_a_caller_who_listens_to_nothing_is_warned_when_nothing_was_gained():
     said = [str(warning.message) for warning in told]
     assert any("held-out images choose the best epoch" in text and "standard error of up to 1" in text for text in said)
     assert any("max_clean_drop has nothing to go back from" in text for text in said)
-    assert any("train for more epochs" in text for text in said)
+    assert any("train for more epochs" in text and "lr, keep='last' in robustify.harden" in text for text in said)
     assert result.outcome.best_epoch == 0
     assert any("beat the start" in note for note in result.report[1].notes)
     assert {report.split for report in result.report} == {"held-out"}  # no test images were given
+
+
+def test_a_callers_mistakes_are_told_by_the_names_that_he_typed():
+    with pytest.raises(UserError) as told:
+        harden(tiny_net(), toy_data(96), epochs=0, learning_rate=0.1, attacks=["pdg"], augment="crop")
+    lines = str(told.value).splitlines()
+    assert any(line.startswith("  - epochs = 0: ") for line in lines)
+    assert any(line.startswith("  - unknown key learning_rate = 0.1.") for line in lines)
+    assert any(line.startswith("  - attacks: unknown attack 'pdg'. Did you mean pgd?") for line in lines)
+    assert any(line.startswith("  - augment = 'crop': ") for line in lines)
 
 
 @pytest.mark.parametrize(("threads", "advice"), [(1, "nothing here can help"), (2, "OMP_NUM_THREADS=1 fits")])

@@ -42,7 +42,7 @@ def run(
     models_dir: options.ModelsDir = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """List what there is to choose from: models, methods, attacks, recipes.
+    """List models, methods, adversaries, attacks, recipes or data to choose from.
 
     \b
     robustify ls models Wang --dataset cifar10 --threat Linf
@@ -72,8 +72,15 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        return ",".join(f"{key}={setting}" for key, setting in value.items())
+        return ",".join(f"{key}={_setting(setting)}" for key, setting in value.items())
     return "" if value is None else str(value)
+
+
+def _setting(value: Any) -> str:
+    """Of an adversary, which has a list of its own, the name."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return str(value["name"] if isinstance(value, dict) else value)
 
 
 def _models(query: str, dataset: str | None, threat: str | None, models_dir: Path | None) -> Lines:
@@ -106,7 +113,7 @@ def _methods() -> Lines:
             "norms": " ".join(method.norms),
             "about": method.summary,
             "paper": method.paper,
-            "settings": {key: field.default for key, field in method.model_fields.items() if key != "name"},
+            "settings": method().model_dump(mode="json", exclude={"name"}),
         }
         for name, method in METHODS.items()
     ]

@@ -15,9 +15,10 @@ Importing this imports none of timm, robustbench and torchvision; loading does.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from robustify.errors import UserError, nearest
 from robustify.pixels import PixelModel
@@ -25,7 +26,7 @@ from robustify.sources import bare, local, published, python, robustbench, timm,
 from robustify.sources.checkpoint import Checkpoint
 from robustify.sources.options import Options, split
 
-__all__ = ["SOURCES", "Checkpoint", "ModelInfo", "load", "names"]
+__all__ = ["SOURCES", "Checkpoint", "ModelInfo", "check", "load", "names"]
 
 SOURCES = {
     "local-dir": "a folder with config.json and model.safetensors",
@@ -74,9 +75,8 @@ def load(
     """
     name, told = split(source)
     options = Options(num_classes=num_classes, pretrained=pretrained, allow_pickle=allow_pickle, **told)
-    path = Path(name.removeprefix("local-dir:")).expanduser()
-    if options.arch is not None or (bare.is_file(path) and not local.is_model(path)):
-        checkpoint = bare.load(path, options)
+    if _is_bare(name, told):
+        checkpoint = bare.load(_path(name), options)
     else:
         checkpoint = _resolve(name, dataset, threat, models_dir)(options)
     if options.mean is None and options.std is None:
@@ -87,6 +87,23 @@ def load(
         message = f"the images have {channels} channels, mean {len(mean)} numbers, std {len(std)}"
         raise UserError(message, "one number a channel, or one for all")
     return replace(checkpoint, model=PixelModel(there.net, mean, std).eval())
+
+
+def check(source: str, dataset: str | None = None, threat: str | None = None) -> None:
+    """Raise UserError when no source knows this name, without loading anything; arguments as for `load`."""
+    name, told = split(source)
+    if not _is_bare(name, told):
+        _resolve(name, dataset, threat, None)
+
+
+def _path(name: str) -> Path:
+    return Path(name.removeprefix("local-dir:")).expanduser()
+
+
+def _is_bare(name: str, told: Mapping[str, Any]) -> bool:
+    """Whether this is a weight file without its network. told: the words behind the name."""
+    path = _path(name)
+    return told.get("arch") is not None or (bare.is_file(path) and not local.is_model(path))
 
 
 def names_code(source: str) -> bool:

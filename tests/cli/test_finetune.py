@@ -62,6 +62,18 @@ def test_a_finished_run_is_not_overwritten(robustify, finished, tiny):
     assert "--force" in ran.err
 
 
+def test_an_occupied_folder_hides_no_other_mistake(robustify, finished, tiny):
+    folder, _ = finished
+    wrong = ["--model", "digist", "--data", "folder:nowhere", "--unlabelled", "cifra10"]
+    ran = robustify("finetune", *tiny, *wrong, "-o", folder)
+    assert (ran.code, ran.out) == (2, "")
+    for said in ("4 mistakes:", "is not empty", "no model is called 'digist'. Did you mean digits?", "no folder nowhere",
+                 "unknown data set 'cifra10'"):  # fmt: skip
+        assert said in ran.err
+    ran = robustify("finetune", *tiny, *wrong[:4], "-o", "new")
+    assert "2 mistakes:" in ran.err
+
+
 def test_what_a_person_wrote_outlives_a_run_made_anew(robustify, finished, tiny, tmp_path):
     folder, _ = finished
     shutil.copytree(folder, tmp_path / "run")

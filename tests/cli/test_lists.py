@@ -40,6 +40,11 @@ def test_methods_attacks_and_data_are_all_there(robustify):
     assert [line["name"] for line in json.loads(robustify("ls", "attacks", "--json").out)] == list(ATTACKS)
     assert [name.split(":")[0] for name in DATA] == list(READERS)
     assert "steps=20" in robustify("ls", "attacks", "pgd").out
+    assert "\tthreats=Linf:8/255 L2:0.5 L1:12,train_on=extremes," in robustify("ls", "methods", "multi-norm").out
+    ran = robustify("ls", "methods", "wasserstein")
+    assert ran.out.rstrip().endswith("inner_loss=kl,adversary=budget")
+    (line,) = json.loads(robustify("ls", "methods", "multi-norm", "--json").out)
+    assert line["settings"]["threats"] == ["Linf:8/255", "L2:0.5", "L1:12"]
 
 
 def test_models_are_filtered(robustify, tmp_path):
