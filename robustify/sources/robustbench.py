@@ -33,6 +33,13 @@ from robustify.sources.published import CLASSES, Row, arch_name, input_size, key
 # RobustBench builds these by downloading torchvision's weights; this entry has the same network without them
 SAME_NETWORK = {("imagenet", "Standard_R50"): ("Linf", "Salman2020Do_R50")}
 TORCHVISION = {("imagenet", "Standard_R50"): "https://download.pytorch.org/models/resnet50-0676ba61.pth"}
+# entries of several files, and why none of them is one network whose logits a loss could train
+ENSEMBLES = {
+    "Chen2020Adversarial": "averages the probabilities of 3 networks, and has no logits",
+    "Diffenderfer2021Winning": "averages the probabilities of 6 networks, and has no logits",
+    "Bai2023Improving": "mixes two fixed networks in shares that a third one chooses",
+    "Bai2024MixedNUTS": "mixes two fixed networks, one of them by a hard maximum that passes no gradient",
+}
 # their files lack the normalisation constants, or hold leftovers of training
 LENIENT = frozenset((
     "Andriushchenko2020Understanding", "Augustin2020Adversarial", "Augustin2020Adversarial_34_10",
@@ -105,14 +112,16 @@ def _entry(row: Row) -> Row:
     """Return RobustBench's entry: `model`, its constructor, and `gdrive_id`. Raises UserError for ensembles."""
     datasets = {d.value: threats for d, threats in _table().items()}
     threats = {t.value: entries for t, entries in datasets[row["dataset"]].items()}
-    entry = threats.get(row["threat"], {}).get(row["id"])
+    entries = threats.get(row["threat"], {})
+    entry = entries.get(row["id"])
     if entry is None:
         message = f"the installed robustbench does not know {'/'.join(key(row))}"
         raise UserError(message, "pip install -U 'robustbench<1.2'")
-    if isinstance(entry["gdrive_id"], list):
-        count = len(entry["gdrive_id"])
-        message = f"{row['id']} is an ensemble of {count} files, and only single networks can be loaded"
-        raise UserError(message, "robustify ls models lists others")
+    if isinstance(parts := entry["gdrive_id"], list):
+        does = next((text for name, text in ENSEMBLES.items() if row["id"].startswith(name)), "is an ensemble")
+        member = next((name for name, other in entries.items() if other["gdrive_id"] in parts), None)
+        hint = f"load the robust one in it: {member}" if member else "robustify ls models lists others"
+        raise UserError(f"{row['id']} {does}; only single networks can be hardened", hint)
     return entry
 
 

@@ -141,8 +141,11 @@ def test_another_number_of_classes_puts_a_new_classifier_in(tmp_path):
 
 
 def test_ensembles_and_other_channels_are_refused():
-    with pytest.raises(UserError, match="ensemble of 3 files"):
+    with pytest.raises(UserError, match="averages the probabilities of 3 networks"):
         sources.load("Chen2020Adversarial")
+    with pytest.raises(UserError, match="mixes two fixed networks") as error:
+        sources.load("robustbench:cifar100/Linf/Bai2024MixedNUTS")
+    assert error.value.hint == "load the robust one in it: Wang2023Better_WRN-70-16"
     with pytest.raises(UserError, match="cannot be built for 1 channels"):
         sources.load("Sehwag2021Proxy_R18:size=[1,32,32]", pretrained=False)
     with pytest.raises(UserError, match="never published"):
