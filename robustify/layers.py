@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from robustify.errors import UserError, nearest
 from robustify.rng import mix
 
+_HEADS = 8  # EfficientViM with distillation has so many
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -26,8 +28,9 @@ def find_classifier(net: nn.Module, x: Tensor) -> list[str]:
     """Return the module names of the last layer(s), found by structure: whose output is the logits.
 
     x: a batch of images as the network takes them. Looks for the linear layer or convolution whose output
-    equals the logits, perhaps averaged over positions; then for two heads whose mean they are (distillation); then for
-    the last layer with as many outputs as there are classes (a scaled output). Raises UserError when there is no such layer.
+    equals the logits, perhaps averaged over positions; then for the fewest last heads of which the logits are a weighted
+    sum (two that distillation averages, EfficientViM's four); then for the last layer with as many outputs as there are
+    classes. Raises UserError when there is no such layer.
     """
     seen: list[tuple[str, Tensor]] = []
 
@@ -55,9 +58,9 @@ def find_classifier(net: nn.Module, x: Tensor) -> list[str]:
     exact = [name for name, out in candidates if _close(out, logits)]
     if exact:
         return exact[-1:]
-    pair = candidates[-2:]
-    if len(pair) == 2 and _close((pair[0][1] + pair[1][1]) / 2, logits):
-        return [name for name, _ in pair]
+    for count in range(1, min(len(candidates), _HEADS, logits.numel() // 2) + 1):
+        if _are_summed([out for _, out in candidates[-count:]], logits):
+            return [name for name, _ in candidates[-count:]]
     if candidates:
         return [candidates[-1][0]]
     raise UserError(
@@ -111,6 +114,15 @@ def _pooled(out: Tensor, classes: int) -> Tensor | None:
         if out.shape[1:] == (classes,)
         else None
     )
+
+
+def _are_summed(outputs: list[Tensor], logits: Tensor) -> bool:
+    """Whether the logits are a sum of the outputs, each times one number, the same for all images and classes."""
+    if not all(values.isfinite().all() for values in (*outputs, logits)):
+        return False
+    heads = torch.stack([out.flatten() for out in outputs], 1).double().cpu()
+    wanted = logits.flatten().double().cpu()
+    return _close(heads @ torch.linalg.lstsq(heads, wanted.unsqueeze(1)).solution.squeeze(1), wanted)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

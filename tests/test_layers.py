@@ -31,6 +31,20 @@ class Distilled(nn.Module):
         return (self.head(x.flatten(1)) + self.head_dist(x.flatten(1))) / 2
 
 
+class Heads(nn.Module):
+    """The logits are a weighted sum of several heads, each of other features, as in timm's EfficientViM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(192, 4)
+        self.heads = nn.ModuleList(nn.Linear(size, 4) for size in (192, 4, 192))
+
+    def forward(self, x):
+        x = x.flatten(1)
+        outs = [head(part) for head, part in zip(self.heads, (x, self.body(x), x.square()), strict=True)]
+        return 0.2 * outs[0] + 0.5 * outs[1] + 0.3 * outs[2]
+
+
 class NoLinear(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -46,10 +60,11 @@ class NoLinear(nn.Module):
         (tiny_net(), ["6"]),
         (Scaled(), ["last"]),
         (Distilled(), ["head", "head_dist"]),
+        (Heads(), ["heads.0", "heads.1", "heads.2"]),
         (nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), ["0"]),
         (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1), nn.Flatten()), ["1"]),
     ],
-    ids=["linear", "scaled", "distilled", "pooled after", "convolution"],
+    ids=["linear", "scaled", "distilled", "heads", "pooled after", "convolution"],
 )
 def test_the_classifier_is_found_by_structure(net, wanted):
     net.train()
@@ -121,3 +136,9 @@ def test_weight_noise_has_the_size_it_says():
     plain = net.weight.detach().clone()
     layers.add_weight_noise(net, 0.1, 0)
     assert float(((net.weight - plain).std() / plain.std()).detach()) == pytest.approx(0.1, rel=0.05)
+
+
+def test_a_network_gone_wrong_has_its_last_layer_still():
+    net = Scaled()
+    nn.init.constant_(net.last.weight, float("nan"))
+    assert layers.find_classifier(net, X) == ["last"]
