@@ -69,6 +69,8 @@ def load(name: str, options: Options) -> Checkpoint:
             layers.replace_classifier(net, size, classes)
     except Exception as error:
         raise _unbuilt(name, options, size, error) from error
+    if getattr(net, "num_classes", classes) == 0:  # an encoder: it ignores the number
+        raise UserError(f"timm's {name} returns features and takes no classifier", "robustify ls models timm: lists others")
     for key in ("state_dict", "file"):  # timm keeps its overlay with the model: a second copy of all weights
         vars(net)["pretrained_cfg"].pop(key, None)
     return Checkpoint(

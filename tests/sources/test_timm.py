@@ -145,3 +145,10 @@ def test_an_architecture_without_a_description_has_timms_defaults(monkeypatch):
     assert (checkpoint.input_size, checkpoint.num_classes) == ((3, 224, 224), 10)
     with pytest.raises(UserError, match="no pretrained weights for efficientnet_x_b5"):
         sources.load("efficientnet_x_b5")
+
+
+def test_an_encoder_that_takes_no_classifier_is_refused(monkeypatch):
+    encoder = timm.create_model("resnet10t", num_classes=0)
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: encoder)
+    with pytest.raises(UserError, match="returns features and takes no classifier"):
+        sources.load("timm:resnet10t", pretrained=False)
