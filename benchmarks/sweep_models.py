@@ -580,6 +580,7 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
 
 
 _NEEDED = f"a model takes {COPIES} times its weights and {BASE / 1e9:.0f} GB, mostly while it is exported."
+BY_HAND = "\n<!-- what follows is written by hand -->\n"
 COUNTED = (*OUTCOMES, "not reached")
 
 
@@ -615,7 +616,7 @@ def table(rows: dict[str, dict[str, Any]], every: list[dict[str, Any]], command:
         f"With {versions}. For every entry{about.rstrip()}", "",
         head, "|---" * (len(COUNTED) + 4) + "|", line("RobustBench", parts["robustbench"]), line("timm", parts["timm"]), "",
         f"Of timm's {len(families)} families, {len(reached)} have a member that passed.", "",
-        f"The largest that passed has {max(passed, default=0):,} weights.",
+        f"The largest that passed has {max(passed, default=0):,} weights.", "",
         *([f"{len(sizes)} models of {min(sizes):,} weights and more are not reached, for want of time."] if sizes else []),
         *([f"{len(large)} of {min(large):,} and more are too large for this machine's memory: {_NEEDED}"] if large else []), "",
         "`not reached` has not been tried: the command goes on there, and `--table` writes this page anew. The rows were made",
@@ -687,7 +688,8 @@ def main() -> None:
         parser.error("--out is needed")
     elif args.table:
         page = table(read_rows(args.out), every_model(), f"python benchmarks/sweep_models.py --out {args.out.name}")
-        args.table.write_text(page)
+        _, by_hand, kept = (args.table.read_text() if args.table.exists() else "").partition(BY_HAND)
+        args.table.write_text(page + by_hand + kept)
     else:
         run(args)
 
