@@ -74,6 +74,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "wasserstein-last": {"method": _OURS, "layers": "last"},
     # the trade-off by the method's own weights instead of the line
     "trades-narrow": {"method": _TRADES, "radius": 1.4},
+    "trades-wide": {"method": _TRADES, "radius": 2.4},
     "trades-beta3": {"method": {**_TRADES, "beta": 3}},
     "trades-beta12": {"method": {**_TRADES, "beta": 12}},
     "wasserstein-beta3": {"method": {**_OURS, "beta": 3}},
