@@ -189,21 +189,29 @@ def gallery(
                     axes.set_ylabel(labels[i], fontsize=8)
 
 
-def trade_off(path: str | Path, lines: Mapping[str, np.ndarray], threat: ThreatModel) -> None:
+def trade_off(path: str | Path, lines: Mapping[str, np.ndarray], threat: ThreatModel, n: int) -> None:
     """Draw robust accuracy under the threat against clean accuracy along the lines between networks (robustify.blend).
 
-    lines: by name, rows of (way from the start, clean accuracy, robust accuracy), [K, 3] in [0,1].
+    lines: by name, rows of (way from the start, clean accuracy, robust accuracy), [K, 3] in [0,1]. n: images, for the 95 %
+    intervals that every point has either way.
     """
     with _figure(path, (6.0, 4.4)) as figure:
         axes = figure.subplots()
         for colour, (name, points) in zip(_colours(lines), lines.items(), strict=True):
-            axes.plot(100 * points[:, 1], 100 * points[:, 2], color=colour, marker="o", markersize=4, label=name)
+            _, clean, robust = points.T
+            drawn = {"color": colour, "marker": "o", "markersize": 4, "elinewidth": 0.6, "label": name}
+            axes.errorbar(100 * clean, 100 * robust, xerr=_around(clean, n), yerr=_around(robust, n), **drawn)
             for alpha, clean, robust in points:
                 near = {"textcoords": "offset points", "xytext": (4, 4), "fontsize": 7}
                 axes.annotate(f"{alpha:g}", (100 * clean, 100 * robust), **near)
         axes.set(xlabel="clean accuracy, %", ylabel=f"accuracy at {threat}, %")
         axes.set_title("The line between two networks' weights, held-out images", loc="left", fontsize=11)
         axes.legend()
+
+
+def _around(shares: np.ndarray, n: int) -> np.ndarray:
+    """How far the 95 % interval of each share of n images reaches below and above it, in points, [2, K]."""
+    return 100 * np.abs([np.array(wilson(n * share, n)) - share for share in shares]).T
 
 
 def before_after(path: str | Path, before: Report, after: Report, names: tuple[str, str] = ("before", "after")) -> None:

@@ -16,6 +16,21 @@ from robustify.errors import UserError
 X, Y = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 10
 
 
+def test_labels_that_count_from_one_are_told_from_other_classes():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    for data in ((X, Y + 1), from_tensors((X, Y + 1), test=(X, Y + 1))):
+        with pytest.raises(UserError, match="the labels are 1 to 10, those of 10 classes are 0 to 9"):
+            robustify.evaluate(net, data, attacks=["clean"])
+    with pytest.raises(UserError, match="10 classes, the data has a label 11"):
+        robustify.evaluate(net, (X, Y + 2), attacks=["clean"])
+
+
+def test_mistakes_in_attacks_are_told_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(api, "load", lambda *_: pytest.fail("it loads the model"))
+    with pytest.raises(UserError, match="Did you mean steps"):
+        robustify.evaluate("digits", "digits", attacks=["pgd:step=3"])
+
+
 def test_public_names_stay_callable_after_their_modules_are_imported():
     for module in ("export", "evaluation", "pipeline", "api"):
         importlib.import_module(f"robustify.{module}")

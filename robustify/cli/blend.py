@@ -124,7 +124,7 @@ def run(
             console.note(f"no card: {why}, so it is not known what these weights were made of")
     if figure is not None:
         plots.trade_off(
-            figure, {f"{start} to {end}": np.array([[p.alpha, p.clean, p.robust] for p in line])}, given
+            figure, {f"{start} to {end}": np.array([[p.alpha, p.clean, p.robust] for p in line])}, given, count
         )
         console.note(f"figure: {figure}")
 

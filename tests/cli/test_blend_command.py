@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -106,8 +107,9 @@ def test_a_line_that_begins_elsewhere_than_the_run_gets_no_card(robustify, finis
 
 
 def test_what_is_exported_is_shown_as_measured_on_the_test_images(robustify, hardened):
-    ran = robustify("blend", "digits", hardened, "--points", "2", "--n", "30", "-o", "blended")
+    ran = robustify("blend", "digits", hardened, "--points", "2", "--n", "30", "-o", "blended", "--figure", "curve.png")
     assert ran.code == 0, ran.err
+    assert Path("curve.png").read_bytes().startswith(b"\x89PNG")
     curve, measured = ran.out.split("\n\n")
     assert curve.splitlines()[0].split("\t") == ["alpha", "clean", "knapsack at W2-Linf 0.1", ""]
     assert re.fullmatch(r"0\t[\d.]+ % \[[\d.]+, [\d.]+\]\t[\d.]+ % \[[\d.]+, [\d.]+\]\t(chosen)?", curve.splitlines()[1])
