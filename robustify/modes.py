@@ -65,8 +65,8 @@ class Nets:
 class Shadow:
     """A frozen bfloat16, channels-last copy of a model for the attack's search, refreshed once per optimiser step.
 
-    The search is about twice as fast so on a CPU with bfloat16 (docs/speed.md); verdicts and the first KL step stay in full precision (in bfloat16 that step is
-    rounding noise).
+    The search is about twice as fast so on a CPU with bfloat16 (docs/speed.md); verdicts and the first KL step stay in
+    full precision (in bfloat16 that step is rounding noise).
     """
 
     def __init__(self, model: PixelModel) -> None:
