@@ -4,7 +4,7 @@
 
 From the same start, L2 fast-at and PGD-7 at the radius of benchmarks/field.py (whose networks, data and settings these are).
 OUT/gradients_l2_NETWORK.png: test images, the gradient of the cross entropy in them, and what an untargeted L2 attack of
---radius makes of them, of the start and of both. The table: the mean cosine between image and gradient of the margin (the
+--radius makes of them, of the start and of both. The table: the mean |cosine| between image and gradient of the margin (the
 alignment of Etmann et al. 2019, arXiv 1905.04172), of the seeds; its error is over the test images of all seeds.
 """
 

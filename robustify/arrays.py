@@ -92,7 +92,7 @@ def counted_from_one(labels: Tensor, classes: int) -> UserError | None:
     if (int(labels.min()), int(labels.max())) != (1, classes):
         return None
     message = f"the labels are 1 to {classes}, those of {classes} classes are 0 to {classes - 1}"
-    return UserError(message, "give the labels minus 1")
+    return UserError(message, "perhaps they count from 1: then give the labels minus 1")
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,11 @@ def changes(found: Comparison) -> None:
 
 def unpaired(*comparisons: Comparison) -> None:
     """Say why differences have no interval, where some have none."""
-    if any(one.interval is None for found in comparisons for one in found.differences):
+    bare = [one for found in comparisons for one in found.differences if one.interval is None]
+    if any((one.threat or "").startswith("W") for one in bare):
         note("a difference without an interval is of images that share one budget, which are not independent")
+    if any(not (one.threat or "").startswith("W") for one in bare):
+        note("a difference without an interval is of a report whose verdicts, the .npz beside it, are missing")
 
 
 def facts(values: Mapping[str, Any]) -> None:

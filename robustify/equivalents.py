@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from robustify.pixels import PixelModel
-from robustify.sources.deferred import deferred_init
 
 # torchvision's ResNets, whose tensors timm names alike: blocks per stage, expansion, groups, width
 RESNETS: dict[tuple[Any, ...], str] = {
@@ -62,11 +61,10 @@ def in_timm(model: PixelModel, x: Tensor) -> Equivalent | None:
     if (name := _name(net)) is None:
         return None
     arch, arguments = name
-    with deferred_init():
-        built = timm.create_model(arch, num_classes=logits.shape[1], **arguments)
-        if {name: value.shape for name, value in built.state_dict().items()} != shapes:
-            return None
-        built.load_state_dict(state)
+    built = timm.create_model(arch, num_classes=logits.shape[1], **arguments)
+    if {name: value.shape for name, value in built.state_dict().items()} != shapes:
+        return None
+    built.load_state_dict(state)
     found = PixelModel(built, mean, std).eval()
     gap = (found(x) - logits).abs().max()
     return Equivalent(arch, arguments, found) if gap <= CLOSE * logits.abs().max() else None

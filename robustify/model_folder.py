@@ -21,6 +21,7 @@ from robustify.front_matter import eval_results
 from robustify.report import Report, load_pair
 from robustify.sources import hub
 from robustify.sources.checkpoint import agreed_license
+from robustify.sources.options import split
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMATS = {"onnx": "model.onnx", "pt2": "model.pt2"}
@@ -46,19 +47,21 @@ def find(source: str | Path) -> Path | None:
 def made(source: str | Path) -> Path | None:
     """Return the folder, here or on the hub, of a model that robustify made; None where the source is anything else.
 
-    Of a folder of the hub the files that belong to the model are fetched, as far as it has them and there is a network.
-    Raises UserError when it has no config.json.
+    Of a folder of the hub the files that belong to the model are fetched, as far as it has them and there is a network,
+    of the very commit whose config.json is here. Raises UserError when it has no config.json.
     """
-    prefix, _, repo = str(source).partition(":")
-    folder = hub.file(repo, CONFIG).parent if prefix == "hf-hub" else find(source)
+    name, _ = split(str(source))
+    prefix, _, repo = name.partition(":")
+    folder = hub.file(repo, CONFIG).parent if prefix == "hf-hub" else find(name)
     try:
         config = read_config(folder) if folder else None
     except UserError:
         return None
-    if config and prefix == "hf-hub":
+    if folder and config and prefix == "hf-hub":
         with suppress(UserError):  # no network: what is here already will do
-            for name in BELONGINGS:
-                hub.optional_file(repo, name)
+            commit = f"{repo.partition('@')[0]}@{folder.name}"  # asked for by its branch, the cache would move to a newer one
+            for belonging in BELONGINGS:
+                hub.optional_file(commit, belonging)
     return folder
 
 

@@ -10,6 +10,7 @@ Their warnings (zero gradients, and those of `check`) are Python warnings; `eval
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -141,7 +142,15 @@ def square(
             resc_schedule=False,
         )
 
-    return _run(attack, model, x, y)
+    try:
+        return _run(attack, model, x, y)
+    except (RuntimeError, ZeroDivisionError) as error:  # 12, 14, 18, 19 and 24 pixels wide, for instance, in L2 and L1
+        if threat.norm == "Linf" or not re.search("broadcast|division|modulo", str(error)):
+            raise
+        sides = "x".join(map(str, x.shape[2:]))
+        hint = "take the others: --attack apgd-ce --attack apgd-t --attack fab-t; Linf works at every size"
+        message = f"square, as its authors wrote it, cannot place its windows in {threat.norm} on images of {sides}"
+        raise UserError(message, hint) from error
 
 
 AUTHORS.update({apgd_ce, apgd_t, fab_t, square})

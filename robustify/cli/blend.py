@@ -59,7 +59,6 @@ def run(
     """
     with console.status("loading torch"):
         import numpy as np
-        import torch
 
         from robustify import api, files, model_folder, plots
         from robustify.blend import between, choose, curve, few, in_words, quick
@@ -87,12 +86,15 @@ def run(
         first = api.load(start, models_dir=models_dir, allow_pickle=allow_pickle)
         model, a, b = checkpoint.model, first.model.net.state_dict(), _copy(checkpoint.model.net.state_dict())
         between(a, b, 0.5)  # refuses networks that differ, before the data is read
-        if not (torch.equal(first.model.mean, model.mean) and torch.equal(first.model.std, model.std)):
+        # one number for all channels says the same as one a channel
+        if not all(((x - y) == 0).all() for x, y in ((first.model.mean, model.mean), (first.model.std, model.std))):
             hint = "blend a run with the network it began from"
             raise UserError(f"{start} and {end} normalise their images differently", hint)
+        place = model_folder.made(end) if output is not None else None
+        why = lacking(end, place, recipe, first.model) if output is not None else None
         count = options.count(n, len(found.val)) or len(found.val)
         if (warning := few(count)) is not None:
-            whole = "no more were held out when the run was trained (data.val_fraction)"
+            whole = "no more were held out when the run was trained (data.val_fraction)" if recipe else "there are no more"
             console.note(f"warning: {warning}; {whole if count == len(found.val) else 'take --n all'}")
         line = curve(
             model,
@@ -110,8 +112,6 @@ def run(
         model.net.load_state_dict(between(a, b, chosen.alpha))
         if chosen.alpha == 0:
             console.note(f"warning: the start itself is chosen: nothing of {end} is in it")
-        place = model_folder.made(end)
-        why = lacking(end, place, recipe, first.model)
         if output is not None and recipe is not None and place is not None and why is None:
             measured_by = f"{used} at {' and '.join(map(str, threats))}"
             said = in_words(chosen, points, count, start, end, measured_by, max_clean_drop)
@@ -135,7 +135,12 @@ def run(
     def accuracy(share: float) -> str:
         return f"{percent(share)} {percent_interval(wilson(count * share, count))}"
 
-    measured = compare(reports)[0] if reports else None
+    measured = None
+    if reports:
+        try:
+            measured = compare(reports)[0]
+        except UserError as error:  # the run's report is of a version that attacked otherwise; what was made is whole
+            console.note(f"warning: before and after are not compared: {error.message}")
     following = f"robustify evaluate {shlex.quote(str(output))}" if output else None
     if as_json:
         facts = {"start": start, "end": end, "data": found.name, "split": "val", "n": count}

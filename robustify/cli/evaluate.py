@@ -247,10 +247,13 @@ def recipe_of(source: str) -> Recipe | None:
     if path is None:
         return None
     try:  # its data and threat are asked for; whether pickles may run, this command's own flag says
-        return resolve(str(path), {"model.allow_pickle": False, "model.source": source}).recipe
+        recipe = resolve(str(path), {"model.allow_pickle": False, "model.source": source}).recipe
     except UserError as error:
         console.note(f"warning: the recipe of {source} is not followed: {error.message}")
         return None
+    if recipe.data.root and not Path(recipe.data.root).is_dir():  # where they lay where the model was made
+        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": None})})
+    return recipe
 
 
 def _unfinished(output: Path) -> Path:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from robustify.resolve import Resolved
 
 CHECKPOINT = "the last checkpoint is whole"
+MUCH = 10.0  # points of clean accuracy: more than a hardened network usually costs, so its user is told
 
 
 def run(
@@ -151,7 +152,7 @@ def _show_result(result: Result, folder: Path, arguments: list[str], as_json: bo
     following = f"robustify evaluate {shlex.quote(str(folder))} --attack pgd:steps=50,restarts=5"
     if not result.hardened:
         longer = ["--epochs", str(2 * result.recipe.train.epochs), "--force"]
-        kept = [argument for argument in options.without(arguments, "--epochs") if argument != "--force"]
+        kept = [argument for argument in options.without(arguments, "--epochs", "train.epochs") if argument != "--force"]
         following = options.command([*kept, *longer])
     if as_json:
         facts = {"folder": str(folder), "hardened": result.hardened, "best_epoch": result.outcome.best_epoch}
@@ -159,6 +160,10 @@ def _show_result(result: Result, folder: Path, arguments: list[str], as_json: bo
         console.result_json({**facts, "comparison": found.to_json(), **reports, "next": following})
         return
     console.changes(found)
+    lost = next((-100 * one.difference for one in found.differences if one.attack == "clean"), 0.0)
+    if result.hardened and lost > MUCH:
+        bound = "--max-clean-drop 2 bounds what robustness may cost, a smaller train.lr often costs less"
+        console.note(f"warning: {lost:.1f} points of clean accuracy are lost; {bound}")
     if not result.hardened:
         trained = result.outcome.best_epoch > 0
         why = "max_clean_drop went all the way back" if trained else "no epoch beat the start on the held-out images"

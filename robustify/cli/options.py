@@ -61,14 +61,15 @@ def _machines() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) > int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def without(arguments: Sequence[str], option: str) -> list[str]:
-    """Return the arguments without an option and its value, `--name VALUE` or `--name=VALUE`."""
+def without(arguments: Sequence[str], option: str, setting: str | None = None) -> list[str]:
+    """Return the arguments without an option and its value, `--name VALUE` or `--name=VALUE`, and without that setting."""
     kept: list[str] = []
     values = iter(arguments)
     for argument in values:
-        if argument == option:
-            next(values, None)
-        elif not argument.startswith(f"{option}="):
+        value = next(values, "") if argument in (option, "--set") else ""
+        if argument == "--set" and value.partition("=")[0].strip() != setting:
+            kept += [argument, value]
+        elif argument not in (option, "--set") and not argument.startswith((f"{option}=", f"--set={setting}=")):
             kept.append(argument)
     return kept
 
@@ -85,7 +86,7 @@ def meant(error: Any) -> str:
         from robustify.recipe import TrainSettings
 
         name = {"learning_rate": "lr", "wd": "weight_decay"}.get(name, name)
-        of_methods = {key for method in METHODS.values() for key in method.model_fields}
+        of_methods = {key for method in METHODS.values() for key in method.model_fields} - {"name"}
         section = "train" if name in TrainSettings.model_fields else "method" if name in of_methods else None
         return f"it is a setting of the recipe, --set {section}.{name}=VALUE" if section else ""
     from robustify import attacks

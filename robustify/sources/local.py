@@ -14,7 +14,6 @@ from robustify.errors import UserError, nearest
 from robustify.pixels import PixelModel
 from robustify.sources import hub, transformers, weights
 from robustify.sources.checkpoint import CUSTOM, Checkpoint
-from robustify.sources.deferred import deferred_init
 from robustify.sources.options import AS_IT_IS, Options, refuse_loading
 
 # what a description says about where timm would fetch weights; they are read from the folder alone
@@ -62,14 +61,13 @@ def assemble(
         raise UserError(f"{origin} does not say how many classes the model has", 'add "num_classes": 10')
     args = {**(config.get("model_args") or {}), **options.args}
     refuse_loading(args, origin)
-    with deferred_init(options.pretrained):
-        net = _build(arch, cfg, origin, own, args, options)
-        if options.pretrained:
-            path = origin if folder is None else weight_file(folder)
-            state = weights.read(path, options.allow_pickle) if state is None else state
-            weights.fill(net, weights.named_for(net, state), path, arch)
+    net = _build(arch, cfg, origin, own, args, options)
     described = vars(net)["default_cfg"]
     size = tuple(described["input_size"])
+    if options.pretrained:
+        path = origin if folder is None else weight_file(folder)
+        state = weights.read(path, options.allow_pickle) if state is None else state
+        weights.fill(net, weights.named_for(net, state), path, arch)
     classes = options.num_classes or own
     if classes != own:
         layers.replace_classifier(net, size, classes)

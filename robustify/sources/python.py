@@ -70,7 +70,8 @@ def describe(
     """
     cfg = usual or getattr(net, "pretrained_cfg", None) or {}
     if options.size is None and "input_size" not in cfg:
-        raise UserError(f"{base_id} does not say the size of its images", f"say it: {example}:size=32")
+        behind = "," if "=" in example else ":"
+        raise UserError(f"{base_id} does not say the size of its images", f"say it: {example}{behind}size=32")
     size: Size = options.input_size(tuple(cfg.get("input_size", (3, 0, 0))))
     mean, std = options.mean or cfg.get("mean", (0.0,)), options.std or cfg.get("std", (1.0,))
     model = PixelModel(net, mean, std).eval()

@@ -26,7 +26,6 @@ from robustify.errors import UserError
 from robustify.pixels import PixelModel
 from robustify.sources import hub, published, weights
 from robustify.sources.checkpoint import Checkpoint
-from robustify.sources.deferred import deferred_init
 from robustify.sources.options import Options
 from robustify.sources.published import CLASSES, Row, arch_name, input_size, key
 
@@ -192,15 +191,14 @@ def load(row: Row, options: Options, models_dir: Path | None = None) -> Checkpoi
         message = f"RobustBench's {row['id']} takes no arguments, such as {next(iter(options.args))}"
         raise UserError(message, "a model of timm takes them")
     size = options.input_size(input_size(row))
-    with deferred_init(options.pretrained):
-        net = build(row, classes, size[0])
-        if options.pretrained:
-            path = file(row, models_dir) or _fetch(row, _folder(models_dir) / place(row))
-            # the files of timm's networks and of ImageNet are those of the network behind RobustBench's normalisation layer
-            lenient = row["id"] in LENIENT or row["dataset"] == "imagenet" or _timm_name(row) is not None
-            state = weights.named_for(net, weights.read(path, options.allow_pickle))
-            weights.fill(net, state, path, row["id"], lenient)
+    net = build(row, classes, size[0])
     vars(net)["pretrained_cfg"] = {**getattr(net, "pretrained_cfg", {}), **_crop(row)}
+    if options.pretrained:
+        path = file(row, models_dir) or _fetch(row, _folder(models_dir) / place(row))
+        # the files of timm's networks and of ImageNet are those of the network behind RobustBench's normalisation layer
+        lenient = row["id"] in LENIENT or row["dataset"] == "imagenet" or _timm_name(row) is not None
+        state = weights.named_for(net, weights.read(path, options.allow_pickle))
+        weights.fill(net, state, path, row["id"], lenient)
     chosen = options.num_classes or classes
     if chosen != classes:
         layers.replace_classifier(net, size, chosen)

@@ -9,7 +9,6 @@ from robustify.errors import UserError, nearest
 from robustify.pixels import PixelModel
 from robustify.sources import hub, local, transformers, weights
 from robustify.sources.checkpoint import Checkpoint
-from robustify.sources.deferred import deferred_init
 from robustify.sources.options import Options, refuse_loading
 
 # what timm sets where it fills a network with its weights, and not where it builds the exported one again
@@ -57,8 +56,7 @@ def load(name: str, options: Options) -> Checkpoint:
     args = {**(_WITH_WEIGHTS.get(arch, {}) if pretrained else {}), **options.args}
     arguments: dict[str, Any] = {"pretrained_cfg_overlay": overlay | source, "num_classes": classes, **args}
     try:
-        with deferred_init(pretrained):
-            net = timm.create_model(name, pretrained=pretrained, **arguments)
+        net = timm.create_model(name, pretrained=pretrained, **arguments)
     except AssertionError as error:  # timm 1.0.9 takes LeViT's tensors in the order of the file
         if "state_dict" not in source:
             raise _unbuilt(name, options, size, error) from error

@@ -11,7 +11,6 @@ from robustify.errors import UserError, nearest
 from robustify.pixels import PixelModel
 from robustify.sources import hub, weights
 from robustify.sources.checkpoint import Checkpoint
-from robustify.sources.deferred import deferred_init
 from robustify.sources.options import Options
 
 PREFIX = "torchvision_"
@@ -52,13 +51,11 @@ def load(name: str, options: Options) -> Checkpoint:
         args.setdefault("transform_input", True)  # these weights were trained behind another normalisation
     side = int(chosen.transforms.keywords["crop_size"])
     size = options.input_size((3, side, side))
-    with deferred_init(options.pretrained):
-        net = build(arch, CLASSES, size[0], **args)
-        if options.pretrained:
-            path = hub.url_file(f"torchvision's {name}", chosen.url)
-            read = weights.read(path, options.allow_pickle)
-            state = {n: w for n, w in read.items() if not n.startswith(("aux", "AuxLogits"))}
-            weights.fill(net, weights.named_for(net, state), path, arch)
+    net = build(arch, CLASSES, size[0], **args)
+    if options.pretrained:
+        path = hub.url_file(f"torchvision's {name}", chosen.url)
+        state = {n: w for n, w in weights.read(path, options.allow_pickle).items() if not n.startswith(("aux", "AuxLogits"))}
+        weights.fill(net, weights.named_for(net, state), path, arch)
     classes = options.num_classes or CLASSES
     if classes != CLASSES:
         layers.replace_classifier(net, size, classes)

@@ -202,3 +202,11 @@ def test_the_standard_version_on_a_real_network(assets):
     x_adv, _ = adversary.run_standard_evaluation(x, y, batch_size=256)
     assert ours.rows[1].settings["version"] == "standard"
     assert np.array_equal(ours.verdicts[ours.rows[1].key], (model(x_adv).argmax(1) == y).numpy())
+
+
+def test_square_says_which_images_its_windows_do_not_fit():
+    x = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(432, 10))
+    y = net(x).argmax(1)
+    with pytest.raises(UserError, match="in L2 on images of 12x12"):
+        square(net, x, y, threat=ThreatModel.parse("L2:1e-6"), queries=50)

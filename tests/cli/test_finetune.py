@@ -241,6 +241,8 @@ def test_default_names(source, name):
 
 def test_options_are_taken_out_with_their_values():
     assert without(["a", "--n", "2", "--m=3", "--n=4", "b"], "--n") == ["a", "--m=3", "b"]
+    typed = ["a", "--set", "x.y=1", "--set", "x.z=2", "--set=x.y=3"]
+    assert without(typed, "--n", "x.y") == ["a", "--set", "x.z=2"]
     assert (count(None, 50), count("all", 50), count("7", 50)) == (50, None, 7)
     with pytest.raises(UserError, match="--n ten"):
         count("ten", 50)

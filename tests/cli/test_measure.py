@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from robustify import pointwise
+from robustify import model_folder, pointwise
 from robustify.cli import evaluate
 from robustify.intervals import percent
 from robustify.report import Report, load_pair
@@ -430,6 +430,31 @@ def test_compare_before_and_after(robustify, finished, tmp_path):
     assert [line[0] for line in lines] == ["clean", "fgsm", "pgd", "w-pgd", "worst case"]
     assert "a difference without an interval is of images that share one budget" in ran.err
     assert "n = 64" in ran.err
+
+
+def test_where_a_recipe_says_the_data_lay_elsewhere_the_own_place_is_taken(finished, tmp_path):
+    folder, _ = finished
+    copied = tmp_path / "theirs"
+    shutil.copytree(folder, copied)
+    recipe = yaml.safe_load((copied / "recipe.yaml").read_text())
+    recipe["data"]["root"] = str(tmp_path / "not-here")
+    (copied / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    read = evaluate.recipe_of(f"{copied}:size=8")
+    assert read is not None
+    assert read.data.root is None
+    assert model_folder.made(f"{copied}:size=8") == copied / "model"
+    assert not (tmp_path / "not-here").exists()
+
+
+def test_a_missing_interval_is_explained_by_what_is_missing(robustify, finished, tmp_path):
+    folder, _ = finished
+    copied = tmp_path / "bare"
+    shutil.copytree(folder, copied)
+    for verdicts in copied.rglob("*.npz"):
+        verdicts.unlink()
+    ran = robustify("compare", copied)
+    assert ran.code == 0, ran.err
+    assert "a difference without an interval is of a report whose verdicts, the .npz beside it, are missing" in ran.err
     ran = robustify("compare", folder, "--bars", "bars.png", "--figure", "curves.svg", "--json")
     assert ran.code == 0, ran.err
     assert json.loads(ran.out)[0]["n"] == 64
