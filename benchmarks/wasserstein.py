@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=2000, help="test images")
     parser.add_argument("--pointwise", action="store_true", help="APGD-CE and APGD-T too, on 500 test images, seed 0 only")
     parser.add_argument("-o", "--out", type=Path, default=Path("wasserstein"))
+    parser.add_argument("--w-pgd", action="store_true", help="W-PGD on the first seed's chosen networks")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -120,6 +121,9 @@ def main() -> None:
         print(tables(given.out), lines(given.out), sep="\n\n")
         return
     load, read = assets(), {}
+    if given.w_pgd:
+        w_pgd_of(given, load)
+        return
     for seed in given.seeds:
         for name in given.networks:
             kind = NETWORKS[name][0]
@@ -199,6 +203,26 @@ def measure(
         file.write(json.dumps(row) + "\n")
     told = f"clean {100 * row['clean']:.1f}, W2 " + " ".join(f"{100 * value:.1f}" for value in row["w2"].values())
     print(f"{name} {arm} seed {seed} alpha {alpha:g}: {told}", file=sys.stderr, flush=True)
+
+
+def w_pgd_of(given: argparse.Namespace, load: Any) -> None:
+    """Write what W-PGD (50 steps) leaves of the loaded and of each arm's chosen network, seed 0, to OUT/w_pgd.json."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in _rows(given.out):
+        name, arm = row["network"], row["arm"]
+        if name not in given.networks or row["seed"] or arm.endswith(" end"):
+            continue
+        data, delta, _ = NETWORKS[name]
+        network = load.model(name)
+        if arm != "loaded":
+            end = torch.load(given.out / f"{name}-{arm}-0.pt", weights_only=True)
+            network.load_state_dict(between(network.state_dict(), end, row["alpha"]))
+        split = (_mnist(load) if data == "mnist" else datasets.load(given.data)).test
+        w2 = ThreatModel("Linf", delta, 2.0)
+        report = evaluate(PixelModel(network).eval(), split, ["clean", "w-pgd"], w2, n=row["n"], batch_size=row["n"])
+        found[f"{name} {arm}"] = {"n": row["n"], "clean": report.rows[0].accuracy, "w_pgd": report.rows[1].accuracy}
+        print(f"{name} {arm}: {found[f'{name} {arm}']}", file=sys.stderr, flush=True)
+        (given.out / "w_pgd.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _done(out: Path, name: str, arm: str, seed: int) -> bool:
