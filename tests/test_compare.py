@@ -116,6 +116,12 @@ def test_other_images_are_refused(other):
         compare([report("a", 1, facts={"data": "a digest"}), report("b", 1, **other)])
 
 
+def test_the_same_pixels_under_another_name_are_the_same_images():
+    one, other = report("a", 1, facts={"data": "a digest"}), report("b", 2, facts={"data": "a digest"}, data="tensors")
+    (found,) = compare([one, other])
+    assert found.differences[0].attack == "clean"
+
+
 def test_nothing_to_compare_is_refused():
     with pytest.raises(UserError, match="nothing to be compared"):
         compare([report("a", 1)])
