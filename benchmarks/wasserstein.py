@@ -18,6 +18,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -120,20 +122,22 @@ def main() -> None:
     if given.table:
         print(tables(given.out), lines(given.out), sep="\n\n")
         return
-    load, read = assets(), {}
+    load = assets()
+
+    @cache
+    def read(kind: str) -> Data:
+        return _mnist(load) if kind == "mnist" else datasets.load(given.data)
+
     if given.w_pgd:
-        w_pgd_of(given, load)
+        w_pgd_of(given, load, read)
         return
     for seed in given.seeds:
         for name in given.networks:
-            kind = NETWORKS[name][0]
-            if kind not in read:
-                read[kind] = _mnist(load) if kind == "mnist" else datasets.load(given.data)
-            network = load.model(name)
+            network, data = load.model(name), read(NETWORKS[name][0])
             if seed == given.seeds[0]:
-                measure(given, name, "loaded", 0, 0.0, network, read[kind])
+                measure(given, name, "loaded", 0, 0.0, network, data)
             for arm in given.arms:
-                run(given, name, arm, seed, network, read[kind])
+                run(given, name, arm, seed, network, data)
 
 
 def run(given: argparse.Namespace, name: str, arm: str, seed: int, network: nn.Module, data: Data) -> None:
@@ -205,7 +209,7 @@ def measure(
     print(f"{name} {arm} seed {seed} alpha {alpha:g}: {told}", file=sys.stderr, flush=True)
 
 
-def w_pgd_of(given: argparse.Namespace, load: Any) -> None:
+def w_pgd_of(given: argparse.Namespace, load: Any, read: Callable[[str], Data]) -> None:
     """Write what W-PGD (50 steps) leaves of the loaded and of each arm's chosen network, seed 0, to OUT/w_pgd.json."""
     found: dict[str, dict[str, Any]] = {}
     for row in _rows(given.out):
@@ -217,9 +221,8 @@ def w_pgd_of(given: argparse.Namespace, load: Any) -> None:
         if arm != "loaded":
             end = torch.load(given.out / f"{name}-{arm}-0.pt", weights_only=True)
             network.load_state_dict(between(network.state_dict(), end, row["alpha"]))
-        split = (_mnist(load) if data == "mnist" else datasets.load(given.data)).test
         w2 = ThreatModel("Linf", delta, 2.0)
-        report = evaluate(PixelModel(network).eval(), split, ["clean", "w-pgd"], w2, n=row["n"], batch_size=row["n"])
+        report = evaluate(PixelModel(network).eval(), read(data).test, ["clean", "w-pgd"], w2, n=row["n"], batch_size=row["n"])
         found[f"{name} {arm}"] = {"n": row["n"], "clean": report.rows[0].accuracy, "w_pgd": report.rows[1].accuracy}
         print(f"{name} {arm}: {found[f'{name} {arm}']}", file=sys.stderr, flush=True)
         (given.out / "w_pgd.json").write_text(json.dumps(found, indent=1) + "\n")

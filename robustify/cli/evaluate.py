@@ -240,9 +240,8 @@ def recipe_of(source: str) -> Recipe | None:
     """
     from robustify import model_folder
     from robustify.resolve import resolve
-    from robustify.sources.options import split
 
-    folder = model_folder.made(split(source)[0])
+    folder = model_folder.made(source)
     path = model_folder.belongings(folder).get(model_folder.RECIPE) if folder else None
     if path is None:
         return None
