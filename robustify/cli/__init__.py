@@ -15,6 +15,7 @@ from robustify.cli import (
     card,
     compare,
     copy,
+    ends,
     env,
     evaluate,
     export,
@@ -110,7 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 when all went well, 2 for a user's mistake, 130 when interrupted."""
     console.quiet_libraries()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        app(args=given, prog_name="robustify", obj={"arguments": given})
-    finally:
-        console.flush()
+    with ends.code_kept():
+        try:
+            app(args=given, prog_name="robustify", obj={"arguments": given})
+        finally:
+            console.flush()

@@ -1,7 +1,10 @@
-"""How a command that was ended from outside goes on, said by finetune and evaluate alike."""
+"""How a command ends: with its own exit code, and with a line on how it goes on when it was ended from outside."""
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -27,3 +30,25 @@ def explained(saved: str, goes_on: Callable[[], str]) -> Iterator[None]:
         again = goes_on()
         console.mistake(lost.message, f"{saved}; {again}" if again else "")
         raise typer.Exit(PEER_LOST) from None
+
+
+@contextmanager
+def code_kept() -> Iterator[None]:
+    """Let one of several processes end with the block's exit code.
+
+    A thread of gloo's that frees its last tensor while the interpreter shuts down aborts the process, and such threads may
+    outlive destroy_process_group. So a process of several ends after the last exit handler, without that shutdown.
+    """
+    code = 1  # of a bug, whose traceback is printed before the exit handlers run
+
+    def leave() -> None:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            sys.stderr.flush()
+            os._exit(code)
+
+    atexit.register(leave)  # before all others, so that it is called last
+    try:
+        yield
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        raise

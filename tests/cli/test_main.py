@@ -105,3 +105,28 @@ def test_other_processes_are_silent_but_for_mistakes(robustify, monkeypatch):
     ran = robustify("show", "nope")  # it may be this process alone that has met it
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith("error [process 1]: no recipe 'nope'")
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_what_breaks_in_the_interpreters_shutdown_spoils_no_exit_code_of_several_processes(code):
+    program = f"""
+import atexit, os, sys
+from robustify import shelf
+from robustify.cli import main
+
+class Late:
+    def __del__(self, abort=os.abort):
+        abort()  # as gloo does when one of its threads frees a tensor so late
+
+def text(name):
+    atexit.register(print, "handled", flush=True)
+    return name / 0 if {code} == 1 else real(name)
+
+sys.late, real, shelf.text = Late(), shelf.text, text
+main(["show", {"nope" if code == 2 else "quickstart"!r}])
+"""
+    for processes, ended in ((1, -6), (2, code)):
+        environment = {**os.environ, "WORLD_SIZE": str(processes)}
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == ended, done.stderr
+        assert ("Traceback" in done.stderr, done.stdout.endswith("handled\n")) == (code == 1, True)
