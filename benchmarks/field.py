@@ -167,7 +167,8 @@ def trials(part: str, network: Network) -> list[Trial]:
         ]
     if part == "schedule":
         kinds = ("constant", "accelat", "plateau", "one-cycle", "cyclic", "cosine")
-        return [Trial(kind, FastAt(), linf, 3.0, (("schedule", kind),)) for kind in kinds]
+        low = Trial("constant, a fifth of the rate", FastAt(), linf, 3.0, (("schedule", "constant"), ("lr", network.train["lr"] / 5)))
+        return [*(Trial(kind, FastAt(), linf, 3.0, (("schedule", kind),)) for kind in kinds), low]
     assert part == "multi-norm"
     union = network.union
     return [
@@ -334,6 +335,8 @@ def main() -> None:
     parser.add_argument("--cifar", type=Path)
     parser.add_argument("--images", type=int, default=4000, help="training images at most, the held-out tenth among them")
     parser.add_argument("--epochs", type=float, default=1.0, help="times the network's number of epochs")
+    parser.add_argument("--lr", type=float, help="instead of the network's")
+    parser.add_argument("--batch-size", type=int, help="instead of the network's: few images want many small steps")
     parser.add_argument("--n", type=int, default=446, help="test images")
     parser.add_argument("--steps", type=int, default=50, help="of APGD")
     parser.add_argument("--targets", type=int, default=3, help="of APGD-T")
@@ -342,6 +345,9 @@ def main() -> None:
     given = parser.parse_args()
     path = given.out.with_suffix(".jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
+    for field, value in (("lr", given.lr), ("batch_size", given.batch_size)):
+        for name in given.networks if value is not None else ():
+            NETWORKS[name].train[field] = value
     for name in given.networks if not given.tables else ():
         data = load_data(NETWORKS[name].data, given.cifar, given.images)
         for part in given.part:
