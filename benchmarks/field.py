@@ -167,8 +167,9 @@ def trials(part: str, network: Network) -> list[Trial]:
         ]
     if part == "schedule":
         kinds = ("constant", "accelat", "plateau", "one-cycle", "cyclic", "cosine")
-        low = Trial("constant, a fifth of the rate", FastAt(), linf, 3.0, (("schedule", "constant"), ("lr", network.train["lr"] / 5)))
-        return [*(Trial(kind, FastAt(), linf, 3.0, (("schedule", kind),)) for kind in kinds), low]
+        every = [Trial(kind, FastAt(), linf, 3.0, (("schedule", kind),)) for kind in kinds]
+        low = (("schedule", "constant"), ("lr", network.train["lr"] / 5))
+        return [*every, Trial("constant, a fifth of the rate", FastAt(), linf, 3.0, low)]
     assert part == "multi-norm"
     union = network.union
     return [
