@@ -2,6 +2,7 @@
 
     python benchmarks/sweep_models.py --out rows.jsonl              # all of them; goes on where it stopped
     python benchmarks/sweep_models.py --out rows.jsonl --sample 20 --seed 1
+    python benchmarks/sweep_models.py --out rows.jsonl --narrow     # those without a row yet, with fewer blocks
     python benchmarks/sweep_models.py --out rows.jsonl --table docs/coverage.md
 
 For every entry of RobustBench and every classification architecture of the installed timm: random weights are written in
@@ -15,6 +16,7 @@ and must get the same logits, to rounding. A row of `rows.jsonl` is one model:
     refused    robustify said in one sentence why not
     failed     anything else, with the stage and the reason
     too large  not tried: it needs more memory than the machine has, see --memory
+    narrowed   passed all of that with fewer blocks, as its own builder takes their number; not tried at its full size
 
 The order is one architecture of each of timm's families, then the others; among them, every fourth, RobustBench's entries.
 What earlier rows tell the size of comes by size, the smallest first.
@@ -52,6 +54,9 @@ from torch import nn
 SIDES = (32, 56, 64, 96, 112, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512)
 STEP_SETTINGS = {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "clip_norm": 1.0}
 OUTCOMES = ("passed", "same", "refused", "failed", "too large")
+# what timm's builders call the number of their blocks; the first is taken that leaves less than NARROW of the weights
+FEWER = ({"depth": 2}, {"depths": [2, 2, 2, 2]}, {"depths": [1, 1, 1, 1]}, {"layers": [1, 1, 1, 1]}, {"stages": [1, 1, 1, 1]})
+NARROW = 0.6
 # While a network is exported there are three copies of its weights: its own, the one written, the one read back; with the file
 # mapped into memory four. BASE: bytes for the libraries and the maps of two images. So 20 GB hold 1150 million weights. It took
 # 2.3, 5.7, 9.0 and 15.6 GB at 87, 304, 485 and 937 million.
@@ -109,6 +114,15 @@ def _is_timms(name: str) -> bool:
     return model_entrypoint(name).__module__.startswith("timm.")
 
 
+def narrowed(entry: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the entry with `args` that build it with fewer blocks, and how many weights it has in `full`; None without."""
+    full = _weights_of(_sketch(entry["name"], {}))
+    for args in FEWER if entry["name"].startswith("timm:") else ():
+        if 0 < _weights_of(_sketch(entry["name"], args)) < NARROW * full:
+            return {**entry, "args": args, "full": full}
+    return None
+
+
 # ------------------------------------------------------------------------------------------------------- one model
 
 
@@ -141,10 +155,10 @@ def _stages(row: dict[str, Any], machine: Machine) -> None:
     from robustify.layers import find_classifier
     from robustify.modes import borrowed
 
-    source = row["name"]
-    if _too_large(row, _sketch(source), machine.memory):  # without its weights, so that the large ones cost no time
+    source, args = row["name"], row.get("args", {})
+    if _too_large(row, _sketch(source, args), machine.memory):  # without its weights, so that the large ones cost no time
         return
-    net = _published_network(source)
+    net = _published_network(source, args)
     if _too_large(row, net, machine.memory):
         return
 
@@ -153,7 +167,7 @@ def _stages(row: dict[str, Any], machine: Machine) -> None:
     row["weights"] = written
     classes = {} if _classes_of(source) else {"num_classes": 10}
     options = {"pretrained": bool(written), "models_dir": machine.folder / "models", **classes}
-    checkpoint = _load(source, options)
+    checkpoint = _load(_told(source, args), options)
     if written:
         _same_weights(net, checkpoint.model.net, but=() if not classes else _heads(checkpoint.model.net))
     del net
@@ -162,10 +176,10 @@ def _stages(row: dict[str, Any], machine: Machine) -> None:
     own = checkpoint.input_size[1]
     print_of = _signature(checkpoint.model.net)
     twin = machine.seen.get(print_of)
-    if twin is not None:
+    if twin is not None and not args:
         row |= {"outcome": "same", "reason": f"the same modules, names and shapes as {twin}"}
         return
-    small = _smallest(source, checkpoint, machine.sides.get(row["family"]), options)
+    small = _smallest(source, args, checkpoint, machine.sides.get(row["family"]), options)
     row["side"] = side = small.input_size[1]
     machine.sides[row["family"]] = side
     checkpoint = small
@@ -198,8 +212,10 @@ def _stages(row: dict[str, Any], machine: Machine) -> None:
     del model, checkpoint, small
     gc.collect()
     machine.reader.read(folder)
-    machine.seen[print_of] = source
-    row |= {"outcome": "passed", "stage": "all", "own_side": own, "signature": print_of}
+    row |= {"outcome": "narrowed" if args else "passed", "stage": "all", "own_side": own}
+    if not args:
+        machine.seen[print_of] = source
+        row["signature"] = print_of
 
 
 def _classes_of(source: str) -> int:
@@ -214,7 +230,16 @@ def _classes_of(source: str) -> int:
     return (cfg.num_classes if cfg else 1000) or 0
 
 
-def _sketch(source: str) -> nn.Module:
+def _told(source: str, words: dict[str, Any]) -> str:
+    """The source with arguments behind its name, as robustify reads them."""
+    return source + (":" + ",".join(f"{key}={value}" for key, value in words.items()) if words else "")
+
+
+def _weights_of(net: nn.Module) -> int:
+    return sum(w.numel() for w in net.parameters())
+
+
+def _sketch(source: str, args: dict[str, Any]) -> nn.Module:
     """The network without memory for its weights, or an empty one where it cannot be built so."""
     import timm
 
@@ -222,13 +247,13 @@ def _sketch(source: str) -> nn.Module:
     linspace = functools.partial(torch.linspace, device="cpu")  # timm reads numbers from it while it builds
     try:
         with torch.device("meta"), mock.patch("torch.linspace", linspace):
-            return timm.create_model(name) if prefix == "timm" else nn.Identity()
-    except Exception:  # networks that compute with numbers while they are built
+            return timm.create_model(name, **args) if prefix == "timm" else nn.Identity()
+    except Exception:  # networks that compute with numbers while they are built, and those that do not take the arguments
         return nn.Identity()
 
 
 def _too_large(row: dict[str, Any], net: nn.Module, memory: float) -> bool:
-    row["parameters"] = sum(w.numel() for w in net.parameters())
+    row["parameters"] = _weights_of(net)
     needed = COPIES * 4 * row["parameters"] + BASE
     if needed <= memory:
         return False
@@ -236,7 +261,7 @@ def _too_large(row: dict[str, Any], net: nn.Module, memory: float) -> bool:
     return True
 
 
-def _published_network(source: str) -> nn.Module:
+def _published_network(source: str, args: dict[str, Any]) -> nn.Module:
     """The network as its publisher would have it, with random weights that no test can pass by accident."""
     import timm
 
@@ -251,7 +276,7 @@ def _published_network(source: str) -> nn.Module:
             assert found is not None
             net = robustbench.build(found, published.CLASSES[dataset])
         else:
-            net = timm.create_model(name)
+            net = timm.create_model(name, **args)
     _awaken(net)
     return net
 
@@ -342,13 +367,13 @@ def _signature(net: nn.Module) -> str:
     return hashlib.sha256(f"{type(net).__qualname__}{net}{shapes}".encode()).hexdigest()[:16]
 
 
-def _smallest(source: str, own: Any, hint: int | None, options: dict[str, Any]) -> Any:
+def _smallest(source: str, args: dict[str, Any], own: Any, hint: int | None, options: dict[str, Any]) -> Any:
     """Return the checkpoint for the smallest square images that the network takes, forwards and in training."""
     side = own.input_size[1]
     fixed = bool((getattr(own.model.net, "default_cfg", None) or {}).get("fixed_input_size")) and source.startswith("timm:")
     for smaller in [s for s in SIDES if s < side and s >= (hint or 0)]:
         try:
-            chosen = _load(f"{source}:size={smaller}", options) if fixed else own
+            chosen = _load(_told(source, {"size": smaller, **args}), options) if fixed else own
             if not fixed:
                 chosen = _at(own, smaller)
             _runs(chosen)
@@ -575,6 +600,11 @@ def quick_initialisation() -> Iterator[None]:
         nn.init._no_grad_trunc_normal_, init._trunc_normal_ = real[2:]
 
 
+def _size(row: dict[str, Any]) -> int:
+    """How many weights the model has, at its full size."""
+    return row.get("full") or row.get("parameters", 0)
+
+
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     """Return the last row of every model."""
     lines = path.read_text().splitlines() if path.exists() else []
@@ -583,7 +613,7 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
 
 _NEEDED = f"a model takes {COPIES} times its weights and {BASE / 1e9:.0f} GB, mostly while it is exported."
 BY_HAND = "\n<!-- what follows is written by hand -->\n"
-COUNTED = (*OUTCOMES, "not reached")
+COUNTED = (*OUTCOMES, "narrowed", "not reached")
 
 
 def table(rows: dict[str, dict[str, Any]], every: list[dict[str, Any]], command: str) -> str:
@@ -592,7 +622,7 @@ def table(rows: dict[str, dict[str, Any]], every: list[dict[str, Any]], command:
 
     def outcome(entry: dict[str, Any]) -> str:
         found = rows.get(entry["name"], {}).get("outcome")
-        return found if found in OUTCOMES else "not reached"
+        return found if found in COUNTED else "not reached"
 
     def line(name: str, entries: list[dict[str, Any]]) -> str:
         counts = collections.Counter(map(outcome, entries))
@@ -611,7 +641,7 @@ def table(rows: dict[str, dict[str, Any]], every: list[dict[str, Any]], command:
     reached = [name for name, entries in families.items() if any(outcome(e) in ("passed", "same") for e in entries)]
     others = [e for e in every if outcome(e) in ("refused", "failed")]
     large = [rows[e["name"]]["parameters"] for e in every if outcome(e) == "too large"]
-    sizes = [rows[e["name"]]["parameters"] for e in every if outcome(e) == "not reached" and e["name"] in rows]
+    sizes = [_size(rows[e["name"]]) for e in every if outcome(e) in ("narrowed", "not reached") and e["name"] in rows]
     passed = [rows[e["name"]].get("parameters", 0) for e in every if outcome(e) == "passed"]
     lines = [
         "# Coverage: what comes in, trains, goes out and comes back", "", f"    {command}", "",
@@ -619,7 +649,7 @@ def table(rows: dict[str, dict[str, Any]], every: list[dict[str, Any]], command:
         head, "|---" * (len(COUNTED) + 4) + "|", line("RobustBench", parts["robustbench"]), line("timm", parts["timm"]), "",
         f"Of timm's {len(families)} families, {len(reached)} have a member that passed.", "",
         f"The largest that passed has {max(passed, default=0):,} weights.", "",
-        *([f"{len(sizes)} models of {min(sizes):,} weights and more are not reached, for want of time."] if sizes else []),
+        *([f"{len(sizes)} of {min(sizes):,} weights and more are not reached at full size: want of time."] if sizes else []),
         *([f"{len(large)} of {min(large):,} and more are too large for this machine's memory: {_NEEDED}"] if large else []), "",
         "`not reached` has not been tried: the command goes on there, and `--table` writes this page anew. The rows were made",
         "while the code was being repaired; those that failed were repeated afterwards, those that passed were not.", "",
@@ -653,7 +683,9 @@ def run(args: argparse.Namespace) -> None:
     again = () if args.retry is None else tuple(args.retry)
     tried = {name for name, row in rows.items() if row["outcome"] in OUTCOMES and row["outcome"] not in again}
     todo = [e for e in wanted if e["name"] not in tried]
-    todo.sort(key=lambda e: rows.get(e["name"], {}).get("parameters", 0))  # what was too large: the smaller ones first
+    if args.narrow:
+        todo = [e for e in todo if rows.get(e["name"], {}).get("outcome") != "narrowed"]
+    todo.sort(key=lambda e: _size(rows.get(e["name"], {})))  # what was too large: the smaller ones first
     deadline = time.monotonic() + args.time_limit * 60 if args.time_limit else float("inf")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with machine(args.memory * 1e9 if args.memory else None, args.scratch) as here, open(args.out, "a") as file:
@@ -662,7 +694,10 @@ def run(args: argparse.Namespace) -> None:
             if time.monotonic() > deadline:
                 print(f"out of time: {len(todo) - done + 1} left", file=sys.stderr)
                 break
-            row = {**sweep(entry, here), "timm": timm.__version__, "torch": torch.__version__}
+            chosen = narrowed(entry) if args.narrow else entry
+            if chosen is None:
+                continue
+            row = {**sweep(chosen, here), "timm": timm.__version__, "torch": torch.__version__}
             file.write(json.dumps(row) + "\n")
             file.flush()
             told = f"{row['outcome']} {row.get('reason', '')}"[:160]
@@ -677,6 +712,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", help="models with one of these in their name")
     parser.add_argument("--share", default="1/1", metavar="K/N", help="every Nth model from the Kth on: N sweeps, one file")
+    parser.add_argument("--narrow", action="store_true", help="those without a row of their full size, with fewer blocks")
     parser.add_argument("--retry", nargs="*", metavar="OUTCOME", help="repeat the rows with these outcomes")
     parser.add_argument("--time-limit", type=float, metavar="MINUTES")
     parser.add_argument("--memory", type=float, metavar="GB", help="what a model may need, if not all that is free")

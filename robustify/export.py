@@ -209,11 +209,17 @@ def _config(
         "num_features": features,
         "global_pool": pool if isinstance(pool, str) else None,
         "label_names": list(class_names),
-        "model_args": dict(checkpoint.arch_args),
+        "model_args": _looked_up(model.net) | checkpoint.arch_args,
     }
     said = {key: value for key, value in config.items() if value}
     origin = {"base_model": checkpoint.base_id, "dataset": checkpoint.dataset}
     return plain({**said, "pretrained_cfg": pretrained_cfg, "robustness": {**origin, **robustness}})
+
+
+def _looked_up(net: nn.Module) -> dict[str, Any]:
+    """What timm found under the tag of its weights while it built the network: an exported folder has another tag."""
+    projects = getattr(net, "encoder_pool", None) in ("align", "merge")  # onto a language model: DeepSeek, Qwen
+    return {"out_features": net.num_features} if projects else {}
 
 
 def _described(net: nn.Module) -> dict[str, Any]:

@@ -90,6 +90,24 @@ def test_timm_loads_the_folder_with_the_same_logits(tmp_path, arch, arguments):
             assert torch.equal(net.eval()(normalised), checkpoint.model(x))
 
 
+@pytest.mark.skipif(not timm.is_model("qwen3_vit_88m_merge"), reason="a newer timm knows these")
+@pytest.mark.parametrize(
+    ("arch", "small"),
+    [
+        ("deepseek_vit_412m_align", {"depth": 1, "embed_dim": 32, "num_heads": 2}),
+        ("qwen3_vit_88m_merge", {"depth": 1, "embed_dim": 32, "num_heads": 2}),
+    ],
+)
+def test_a_width_that_timm_looks_up_by_its_tag_is_written_down(tmp_path, arch, small):
+    checkpoint = from_timm(arch, size=126 if "deepseek" in arch else 64, **small)
+    folder = save(checkpoint, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_args"] == {**small, "out_features": checkpoint.model.net.num_features}
+    again = sources.load(str(folder))
+    x = torch.rand(1, *checkpoint.input_size)
+    assert torch.equal(again.model(x), checkpoint.model(x))
+
+
 def test_what_the_config_says(tmp_path):
     checkpoint = from_timm("resnet10t")
     folder = save(checkpoint, tmp_path / "out", class_names=NAMES)

@@ -56,6 +56,20 @@ def test_what_the_memory_does_not_hold_is_not_tried(sweep, machine):
     assert row["reason"] == "needs 1.91 GB of memory, 1.8 are free"
 
 
+def test_a_large_model_with_fewer_blocks_is_no_pass_of_its_size(sweep, machine):
+    entry = sweep.narrowed({"name": "timm:vit_tiny_patch16_384", "family": "timm vision_transformer"})
+    assert (entry["args"], entry["full"]) == ({"depth": 2}, 5_790_376)
+    before = dict(machine.seen)
+    row = sweep.sweep(entry, machine)
+    assert row["outcome"] == "narrowed", f"{row['stage']}: {row.get('reason')}"
+    assert row["parameters"] < 0.6 * entry["full"]
+    assert machine.seen == before
+    page = sweep.table({row["name"]: row}, [entry], "python benchmarks/sweep_models.py")
+    assert "| timm | 1 | 0 | 0 | 0 | 0 | 0 | 0 | 1 | 0 |  |" in page
+    assert "5,790,376 weights and more are not reached at full size" in page
+    assert sweep.narrowed({"name": "timm:vgg11", "family": "timm vgg"}) is None
+
+
 def test_the_list_and_the_page(sweep):
     every = sweep.every_model()
     assert len({entry["name"] for entry in every}) == len(every) > 1300
