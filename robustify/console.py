@@ -18,9 +18,8 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from robustify.durations import duration
-from robustify.events import Collapsed, EpochEnd, Event, Exported, Measured, Note, Planned, Progress, StepEnd
-from robustify.intervals import percent
-from robustify.report import Report, plain
+from robustify.events import EpochEnd, Event, Planned, Progress, StepEnd, said
+from robustify.report import plain
 
 if TYPE_CHECKING:
     from robustify.compare import Comparison  # loads torch
@@ -165,28 +164,15 @@ class Watch:
             case StepEnd():
                 detail = f"epoch {event.epoch}, loss {event.losses['total']:.4g}, {event.rate:.0f} images/s"
                 self._advance("training", event.step, event.steps, detail)
-            case Note(text, level):
-                self._say(f"warning: {text}" if level == "warning" else text, "yellow" if level == "warning" else "")
             case Planned(values):
                 for name, value in values.items():
                     if value is not None:
                         self._say(f"{name}: {value}")
-            case EpochEnd():
-                if self.live or self._silent() or event.epoch in (0, event.epochs):
-                    self._say(_epoch(event))
-            case Collapsed():
-                cause = " (catastrophic overfitting)" if event.overfitted else ""
-                end = "training ends" if event.remedy == "stop" else f"training goes on with {event.remedy}"
-                self._say(
-                    f"warning: robust accuracy collapsed in epoch {event.epoch}, from {percent(event.best)} to "
-                    f"{percent(event.robust)}{cause}; back to epoch {event.best_epoch}, {end}",
-                    "yellow",
-                )
-            case Measured(when, report):
-                for text in (f"{when}: {headlines(report)}", *(f"{when}: {note}" for note in report.notes)):
-                    self._say(text)
-            case Exported(path):
-                self._say(f"exported {path}")
+            case EpochEnd() if not (self.live or self._silent() or event.epoch in (0, event.epochs)):
+                pass
+            case _:
+                for text in said(event):
+                    self._say(text, "yellow" if text.startswith("warning: ") else "")
 
     def over(self, items: Iterable[Item], stage: str, total: int) -> Iterator[Item]:
         """Yield the items, and show how many are done."""
@@ -227,19 +213,3 @@ class Watch:
         if self.task is None:
             self.task = bar.add_task(self.stage, total=total if total > 1 else None, completed=done, detail=detail)
         bar.update(self.task, completed=done, detail=detail)
-
-
-def headlines(report: Report) -> str:
-    """Return the report's few numbers in one line: clean, and of each threat and of several norms the worst case over the
-    attacks named."""
-    clean = [f"clean {percent(report.clean.accuracy)}"] if report.clean else []
-    found = report.per_threat()
-    robust = [f"{h.threat.replace(':', ' ')} {percent(h.accuracy)} ({', '.join(h.attacks)})" for h in found]
-    return ", ".join(clean + robust)
-
-
-def _epoch(event: EpochEnd) -> str:
-    found = f"clean {percent(event.clean)}, robust {percent(event.robust)}"
-    if event.epoch == 0:
-        return f"before training: {found} ({event.probe}, on held-out images, here and in every epoch)"
-    return f"epoch {event.epoch}/{event.epochs}: {found}{', best so far' if event.best else ''}"

@@ -1,4 +1,4 @@
-"""What a run reports while it goes: plain data, shown by the command line or by the caller's own function."""
+"""What a run reports while it goes: plain data, shown by the command line or by the caller's own function, and its words."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from robustify.intervals import percent
 from robustify.report import Report
 
 
@@ -92,3 +93,41 @@ class Exported:
 
 Event = Note | Progress | Planned | StepEnd | EpochEnd | Collapsed | Measured | Exported
 Listener = Callable[[Event], None]
+
+
+def said(event: Event) -> list[str]:
+    """Return what is worth telling anyone, in lines: of an epoch, a collapse, a measurement, an export and a note."""
+    match event:
+        case Note(text, level):
+            return [f"warning: {text}" if level == "warning" else text]
+        case EpochEnd():
+            return [_epoch(event)]
+        case Collapsed():
+            cause = " (catastrophic overfitting)" if event.overfitted else ""
+            end = "training ends" if event.remedy == "stop" else f"training goes on with {event.remedy}"
+            return [
+                f"warning: robust accuracy collapsed in epoch {event.epoch}, from {percent(event.best)} to "
+                f"{percent(event.robust)}{cause}; back to epoch {event.best_epoch}, {end}"
+            ]
+        case Measured(when, report):
+            return [f"{when}: {text}" for text in (headlines(report), *report.notes)]
+        case Exported(path):
+            return [f"exported {path}"]
+        case _:
+            return []
+
+
+def headlines(report: Report) -> str:
+    """Return the report's few numbers in one line: clean, and of each threat and of several norms the worst case over the
+    attacks named."""
+    clean = [f"clean {percent(report.clean.accuracy)}"] if report.clean else []
+    found = report.per_threat()
+    robust = [f"{h.threat.replace(':', ' ')} {percent(h.accuracy)} ({', '.join(h.attacks)})" for h in found]
+    return ", ".join(clean + robust)
+
+
+def _epoch(event: EpochEnd) -> str:
+    found = f"clean {percent(event.clean)}, robust {percent(event.robust)}"
+    if event.epoch == 0:
+        return f"before training: {found} ({event.probe}, on held-out images, here and in every epoch)"
+    return f"epoch {event.epoch}/{event.epochs}: {found}{', best so far' if event.best else ''}"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from robustify.card_figures import Gallery
 from robustify.data import Data
 from robustify.distributed import World, busy_cores, main_first, make_accelerator
 from robustify.errors import UserError, together
-from robustify.events import Event, Exported, Listener, Measured, Note, Planned
+from robustify.events import Event, Exported, Listener, Measured, Note, Planned, said
 from robustify.faults import Preempted, Termination, peers_watched, same_everywhere, sigterm_noted
 from robustify.inputs import augmentation, gate, load_inputs, prepare_weights, unknown_names
 from robustify.memory import memory_explained
@@ -76,10 +77,10 @@ def finetune(
     """Run a recipe and return its Result; the run folder holds the recipe, metrics, reports, environment and model/.
 
     out: the run folder. resume: `auto` continues an unfinished run of the same recipe there, `never` starts anew, a path
-    continues that run and fails when it has no checkpoint. force: replace what the folder holds. Raises UserError for
-    every mistake a user can mend; the folder then is as it was, or resumes.
+    continues that run and fails when it has no checkpoint. force: replace what the folder holds. listener: hears every
+    event (robustify.events); by default a line an epoch and a measurement goes to stderr, and `lambda event: None` is
+    silent. Raises UserError for every mistake a user can mend; the folder then is as it was, or resumes.
     """
-    listener = listener or (lambda event: None)
     accelerator = make_accelerator(recipe.train.precision, recipe.train.tracker, str(out))
     world = World(accelerator)
     folder = Path(out if resume in ("auto", "never") else resume)
@@ -91,7 +92,7 @@ def finetune(
             key: v if isinstance(v, (int, float, str, bool)) else str(v) for key, v in flat(recipe.to_dict()).items()
         }
         accelerator.init_trackers("robustify", simple)
-    tell: Listener = listener if world.is_main else lambda event: None
+    tell = heard(listener, world)
     with peers_watched(world), sigterm_noted() as termination, memory_explained(recipe):
         if checkpoint_at is not None:
             termination.saved = saved(checkpoints.step_of(checkpoint_at))
@@ -138,10 +139,10 @@ def harden(
     method: a name, or a mapping of its settings with `name`. threat: `W2-Linf:8/255`, `Linf:8/255`; by default the
     method's. augment: auto, none, flip, crop-flip or shift. out: run folder to write (None: none is kept). verify: refuse
     a model no better than chance, which usually means a wrong normalisation; False for an untrained one.
+    listener: as for `finetune`: a line an epoch and a measurement on stderr; `lambda event: None` is silent.
     train_settings: as in the recipe's train section: epochs, lr,
     batch_size, layers, precision, seed... Raises UserError like `finetune`.
     """
-    listener = listener or _warn
     data = train_data if isinstance(train_data, Data) else datasets.from_tensors(train_data, val_data, test_data)
     values: dict[str, Any] = {
         "model": {"source": type(model).__name__, "verify": verify},
@@ -167,23 +168,34 @@ def harden(
         pixel_model, "custom", {}, logits.shape[1], data.input_size, type(model).__name__, None, None, None, None
     )
     accelerator = make_accelerator(recipe.train.precision)
+    tell = heard(listener, World(accelerator))
     with sigterm_noted() as ends, memory_explained(recipe):
         if out is None:
             with tempfile.TemporaryDirectory() as scratch:
                 place = Path(scratch)
                 try:
-                    result = _run(recipe, checkpoint, data, accelerator, place, None, "", listener, ends, export_it=False)
+                    result = _run(recipe, checkpoint, data, accelerator, place, None, "", tell, ends, export_it=False)
                 except Preempted:  # what it says is saved goes with the folder
                     raise Preempted("nothing is kept without a run folder (out)") from None
                 return replace(result, folder=None)
-        at, said = open_run(Path(out), recipe, "never", force), "robustify.harden(...)"
-        return _run(recipe, checkpoint, data, accelerator, Path(out), at, said, listener, ends, export_it=True)
+        at, call = open_run(Path(out), recipe, "never", force), "robustify.harden(...)"
+        return _run(recipe, checkpoint, data, accelerator, Path(out), at, call, tell, ends, export_it=True)
 
 
-def _warn(event: Event) -> None:
-    """What a caller in Python who listens to nothing must still hear."""
+def heard(listener: Listener | None, world: World) -> Listener:
+    """Return who hears the events in this process: of several processes only the main one's listener does.
+
+    Without a listener the lines of `events.said` go to stderr, and warnings are Python's.
+    """
+    return (listener or _tell) if world.is_main else lambda event: None
+
+
+def _tell(event: Event) -> None:
     if isinstance(event, Note) and event.level == "warning":
         warnings.warn(event.text, stacklevel=5)
+        return
+    for line in said(event):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _run(

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from robustify import console
-from robustify.events import Collapsed, EpochEnd, Note, Planned, Progress, StepEnd
+from robustify.events import Collapsed, EpochEnd, Note, Planned, Progress, StepEnd, headlines
 from robustify.report import Report, Row
 
 ROWS = [{"name": "one [x]", "value": "1"}, {"name": "two", "value": "22"}]
@@ -121,4 +121,4 @@ def test_durations_read_well():
 def test_a_headline_names_its_attacks():
     """A figure of one gradient step must not pass for one of a strong attack."""
     rows = [Row("clean", None, 10, 9, kind="clean"), Row("fgsm", "Linf:8/255", 10, 4)]
-    assert console.headlines(Report("m", "d", "test", rows)) == "clean 90.00 %, Linf 8/255 40.00 % (fgsm)"
+    assert headlines(Report("m", "d", "test", rows)) == "clean 90.00 %, Linf 8/255 40.00 % (fgsm)"

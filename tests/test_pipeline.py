@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from helpers import tiny_net, toy_data
 from safetensors.torch import load_file
 
 import robustify
+from robustify import pipeline
 from robustify.data import from_tensors
 from robustify.distributed import busy_cores
 from robustify.errors import UserError
@@ -309,6 +311,28 @@ def test_a_caller_who_listens_to_nothing_is_warned_when_nothing_was_gained():
     assert result.outcome.best_epoch == 0
     assert any("beat the start" in note for note in result.report[1].notes)
     assert {report.split for report in result.report} == {"held-out"}  # no test images were given
+
+
+def test_a_caller_who_gives_no_listener_hears_a_line_an_epoch_and_a_measurement(capsys):
+    def hardened(**more):
+        data = from_tensors(toy_data(96), toy_data(64, seed=1), toy_data(64, seed=2))
+        settings = {"method": "fast-at", "threat": "Linf:8/255", "epochs": 2, "batch_size": 32, "probe_images": 64}
+        harden(tiny_net(), data, verify=False, attacks=["clean", "fgsm"], keep="last", **settings, **more)
+        return capsys.readouterr()
+
+    with pytest.warns(UserWarning, match="only 64 held-out images"):  # warnings stay Python's
+        out, err = hardened()
+    assert out == ""
+    kinds = [line.partition(":")[0] for line in err.splitlines() if "no better than chance" not in line]
+    assert kinds == ["before", "before training", "epoch 1/2", "epoch 2/2", "after"]
+    assert hardened(listener=lambda event: None) == ("", "")
+
+
+def test_of_several_processes_only_the_main_one_speaks(capsys):
+    event = EpochEnd(1, 2, 0.5, 0.25, "pgd:steps=10 Linf:8/255", True)
+    for main, listener in ((False, None), (True, None), (False, lambda event: print("heard"))):
+        pipeline.heard(listener, SimpleNamespace(is_main=main))(event)
+    assert capsys.readouterr() == ("", "epoch 1/2: clean 50.00 %, robust 25.00 %, best so far\n")
 
 
 def test_a_callers_mistakes_are_told_by_the_names_that_he_typed():
