@@ -59,7 +59,7 @@ def made(source: str | Path) -> Path | None:
         return None
     if folder and config and prefix == "hf-hub":
         with suppress(UserError):  # no network: what is here already will do
-            commit = f"{repo.partition('@')[0]}@{folder.name}"  # asked for by its branch, the cache would move to a newer one
+            commit = hub.same_commit(repo, folder / CONFIG)
             for belonging in BELONGINGS:
                 hub.optional_file(commit, belonging)
     return folder

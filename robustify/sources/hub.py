@@ -6,6 +6,7 @@ is no hub.
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -24,34 +25,52 @@ def weight_file(repo: str, filename: str | None = None) -> Path:
     return optional_file(repo, safe) or file(repo, pickled)
 
 
-def optional_file(repo: str, name: str) -> Path | None:
-    """Return the place of a file as `file` does, None when the folder has no such file."""
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        return file(repo, name)
-    except UserError as error:
-        unreachable = isinstance(error.__cause__, LocalEntryNotFoundError)  # a kind of the other
-        if unreachable or not isinstance(error.__cause__, EntryNotFoundError):
-            raise
-        return None
+def same_commit(repo: str, path: Path) -> str:
+    """Return OWNER/NAME@COMMIT of a file that is here: by its branch, the next one could be of a newer commit."""
+    return f"{repo.partition('@')[0]}@{path.parent.name}"
 
 
 def file(repo: str, name: str) -> Path:
     """Return the place of a hub folder's file on this machine, fetched if need be. Raises UserError."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    found = optional_file(repo, name)
+    if found is None:
+        owner_name = repo.partition("@")[0]
+        hint = f"see its files: https://huggingface.co/{owner_name}/tree/main; what came later: hf download {owner_name}"
+        raise UserError(f"{repo} has no {name}", hint)
+    return found
+
+
+def optional_file(repo: str, name: str) -> Path | None:
+    """Return the place of a file as `file` does, None when the folder has no such file; the cache remembers that too."""
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     owner_name, _, revision = repo.partition("@")
     options: dict[str, Any] = {"repo_id": owner_name, "filename": name, "revision": revision or None}
     try:
-        try:  # what is here stays what it was, and needs no network
-            return Path(hf_hub_download(**options, local_files_only=True))
-        except LocalEntryNotFoundError:
-            return Path(hf_hub_download(**options))
+        here = try_to_load_from_cache(**options)  # what is here stays what it was, and needs no network
+        if here is not None:
+            return Path(here) if isinstance(here, str) else None  # else: it was asked for, and is not there
+        if not offline():
+            _reach(constants.ENDPOINT)
+        return Path(hf_hub_download(**options))
     except Exception as error:  # offline, unreachable, not there, not allowed
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):  # a kind of the other
+            return None
         message, hint = _explain(repo, owner_name, name, error)
         raise UserError(message, hint) from error
+
+
+@functools.cache
+def _reach(endpoint: str) -> None:
+    """Raise at once where no network leads to the hub, which huggingface_hub finds out by half a minute of retries."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # of requests or of httpx, as the version of huggingface_hub has it
+        raise ConnectionError(str(error)) from error
 
 
 def _explain(repo: str, owner_name: str, name: str, error: Exception) -> tuple[str, str]:
@@ -68,12 +87,13 @@ def _explain(repo: str, owner_name: str, name: str, error: Exception) -> tuple[s
     if isinstance(error, errors.RepositoryNotFoundError):
         hint = "check OWNER/NAME; a private one needs: hf auth login"
         return f"there is no folder {owner_name} on the Hugging Face hub, or it is private", hint
-    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        return f"{repo} has no {name}", f"see its files: https://huggingface.co/{owner_name}/tree/main"
     reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+    hint = f"fetch it where there is a network (hf download {owner_name}) and pass its folder as the model; {RANDOM}"
+    if isinstance(error, ConnectionError):
+        hint = f"{hint}; HF_HUB_OFFLINE=1 asks for nothing that is not here"
+        return f"{name} of {repo} is not on this machine, and the Hugging Face hub cannot be reached: {reason}", hint
     if offline():
         reason = "HF_HUB_OFFLINE is set"
-    hint = f"fetch it where there is a network (hf download {owner_name}) and pass its folder as the model; {RANDOM}"
     return f"{name} of {repo} is not on this machine and could not be fetched: {reason}", hint
 
 

@@ -98,7 +98,7 @@ def load_hub(repo: str, options: Options) -> Checkpoint:
     if transformers.is_config(local.read_config(config)):
         return transformers.load_hub(repo, options)
     if options.pretrained:
-        hub.weight_file(repo)
+        hub.weight_file(hub.same_commit(repo, config))
     return local.load(config.parent, options, base_id=repo.split("@")[0])
 
 

@@ -80,11 +80,12 @@ def is_config(config: Mapping[str, Any]) -> bool:
 
 def load_hub(repo: str, options: Options) -> Checkpoint:
     """Return the model of the hub's folder OWNER/NAME, perhaps with @REVISION. Raises UserError."""
-    folder = hub.file(repo, "config.json").parent
-    hub.optional_file(repo, PREPROCESSOR)
+    config = hub.file(repo, "config.json")
+    commit = hub.same_commit(repo, config)
+    hub.optional_file(commit, PREPROCESSOR)
     if options.pretrained:
-        hub.weight_file(repo)
-    return load(folder, options, base_id=repo.split("@")[0])
+        hub.weight_file(commit)
+    return load(config.parent, options, base_id=repo.split("@")[0])
 
 
 def load(folder: Path, options: Options, *, base_id: str | None = None) -> Checkpoint:
