@@ -15,6 +15,7 @@ from robustify.environment import environment
 from robustify.errors import UserError
 from robustify.model_folder import CONFIG, OURS
 from robustify.recipe import Recipe, build
+from robustify.sources import names_code
 
 _STATE = ("before.json", "before.npz", "best.safetensors")  # beside checkpoints/
 
@@ -63,9 +64,17 @@ def _same_recipe(folder: Path, recipe: Recipe) -> None:
         changed = [f"{key}: {theirs.get(key)} -> {mine.get(key)}" for key in mine if mine.get(key) != theirs.get(key)]
         raise UserError(
             f"{folder} holds an unfinished run of another recipe ({'; '.join(changed[:4])})",
-            f"continue it with: robustify finetune {shlex.quote(str(folder / 'recipe.yaml'))} -o {shlex.quote(str(folder))}; "
+            f"continue it with: {_command(folder, there)}; "
             "or start anew with another folder (-o) or --force (force=True in Python)",
         )
+
+
+def _command(folder: Path, there: Recipe) -> str:
+    """What continues the run by its recipe: code and pickles run only where the command line itself says so."""
+    typed = ["robustify", "finetune", str(folder / "recipe.yaml")]
+    typed += ["--model", there.model.source] if names_code(there.model.source) else []
+    typed += ["--allow-pickle"] if there.model.allow_pickle else []
+    return shlex.join([*typed, "-o", str(folder)])
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from helpers import tiny_net, toy_data
 from safetensors.torch import load_file
 
 import robustify
-from robustify import pipeline
+from robustify import pipeline, runs
 from robustify.data import from_tensors
 from robustify.distributed import busy_cores
 from robustify.errors import UserError
@@ -201,6 +201,15 @@ def test_harden_takes_normalised_models_and_datasets():
     )
     assert result.folder is None
     assert result.pixel_model.normalises
+
+
+def test_the_command_that_continues_a_run_says_again_which_code_may_run(tmp_path):
+    flags = {"model.source": "mynets:make:width=5", "data.name": "digits", "model.allow_pickle": True}
+    (tmp_path / "recipe.yaml").write_text(resolve(None, flags).recipe.to_yaml())
+    with pytest.raises(UserError) as told:
+        runs._same_recipe(tmp_path, quick())
+    command = f"robustify finetune {tmp_path}/recipe.yaml --model mynets:make:width=5 --allow-pickle -o {tmp_path};"
+    assert command in told.value.hint
 
 
 def test_a_model_that_does_not_fit_the_data_is_refused():

@@ -67,6 +67,7 @@ def run(
         from robustify.evaluation import rows_of
         from robustify.events import Progress
         from robustify.methods import withstood
+        from robustify.sources import weights_in
         from robustify.threat import ThreatModel
     recipe = evaluate.recipe_of(end)
     given = ThreatModel.parse(threat or (recipe.threat if recipe else api.DEFAULT_RADIUS))
@@ -141,7 +142,7 @@ def run(
             measured = compare(reports)[0]
         except UserError as error:  # the run's report is of a version that attacked otherwise; what was made is whole
             console.note(f"warning: before and after are not compared: {error.message}")
-    following = f"robustify evaluate {shlex.quote(str(output))}" if output else None
+    following = f"robustify evaluate {shlex.quote(weights_in(output, end))}" if output else None
     if as_json:
         facts = {"start": start, "end": end, "data": found.name, "split": "val", "n": count}
         console.result_json(

@@ -56,6 +56,7 @@ def run(
         from robustify.compare import compare
         from robustify.model_folder import HALF
         from robustify.report import load_pair
+        from robustify.sources import weights_in
     files.new_folder(folder, force)
     submission = _submission(robustbench, report, paper, half)
     recipe = evaluate.recipe_of(source)
@@ -81,7 +82,7 @@ def run(
             beside=submission,
             listener=watch,
         )
-    following = shlex.join(["robustify", "evaluate", str(folder), *_data_flag(recipe, data, target)])
+    following = shlex.join(["robustify", "evaluate", weights_in(folder, source), *_data_flag(recipe, data, target)])
     found = compare(load_pair(target / HALF))[0] if half else None
     if as_json:
         names = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())

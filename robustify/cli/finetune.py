@@ -146,10 +146,12 @@ def default_name(source: str, method: str) -> str:
 
 def _show_result(result: Result, folder: Path, arguments: list[str], as_json: bool) -> None:
     from robustify.compare import compare
+    from robustify.sources import weights_in
 
     before, after = result.report
     (found,) = compare([before, after])
-    following = f"robustify evaluate {shlex.quote(str(folder))} --attack pgd:steps=50,restarts=5"
+    hardened = weights_in(folder, result.recipe.model.source, result.recipe.model.num_classes)
+    following = f"robustify evaluate {shlex.quote(hardened)} --attack pgd:steps=50,restarts=5"
     if not result.hardened:
         longer = ["--epochs", str(2 * result.recipe.train.epochs), "--force"]
         kept = [argument for argument in options.without(arguments, "--epochs", "train.epochs") if argument != "--force"]

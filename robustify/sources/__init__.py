@@ -15,6 +15,7 @@ Importing this imports none of timm, robustbench and torchvision; loading does.
 """
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,6 +111,20 @@ def names_code(source: str) -> bool:
     """Return whether loading `source` would import a function of the user's own. Raises UserError."""
     name, told = split(source)
     return python.is_name(told.get("arch", "")) or (name.partition(":")[0] not in SOURCES and python.is_name(name))
+
+
+def weights_in(folder: str | Path, source: str, num_classes: int | None = None) -> str:
+    """Return the source that loads a folder with newer weights of the network that `source` names.
+
+    It is the folder alone, but for a network that a function of the user's own builds: no file names that. num_classes: of
+    the new classifier that `source` was loaded with, if any.
+    """
+    if not names_code(source):
+        return str(folder)
+    name, told = split(source)
+    args = {**told.get("args", {}), **({} if num_classes is None else {"num_classes": num_classes})}
+    words = [f"arch={told.get('arch', name)}", *(f"{key}={json.dumps(value)}" for key, value in args.items())]
+    return f"{folder}:{','.join(words)}"
 
 
 def _resolve(

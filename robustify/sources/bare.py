@@ -27,6 +27,7 @@ def load(path: Path, options: Options) -> Checkpoint:
     number of classes is the file's; another `num_classes` puts a new classifier in.
     """
     path = path.expanduser()
+    base_id = local.called(path) if path.is_dir() else path.name
     cfg: dict[str, Any] = {}
     if path.is_dir():
         folder = local.model_folder(path)
@@ -42,9 +43,9 @@ def load(path: Path, options: Options) -> Checkpoint:
     if python.is_name(options.arch):
         net = python.build(options.arch, options)
         weights.fill(net, weights.named_for(net, state), path, options.arch)
-        return python.describe(net, path.name, options, f"{path}:arch={options.arch}", cfg or None)
+        return python.describe(net, base_id, options, f"{path}:arch={options.arch}", cfg or None)
     config = {"architecture": options.arch, "pretrained_cfg": cfg, "num_classes": _classes(options.arch, state)}
-    return local.assemble(config, path, options, path.name, state=state)
+    return local.assemble(config, path, options, base_id, state=state)
 
 
 def _classes(arch: str, state: dict[str, Tensor]) -> int:

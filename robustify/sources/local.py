@@ -33,7 +33,7 @@ def load(folder: Path, options: Options = AS_IT_IS, *, base_id: str | None = Non
     folder = model_folder(folder.expanduser())
     config = read_config(folder / "config.json")
     if transformers.is_config(config):
-        return transformers.load(folder, options, base_id=base_id or _called(folder))
+        return transformers.load(folder, options, base_id=base_id or called(folder))
     if not isinstance(config.get("architecture"), str):
         message = f"{folder / 'config.json'} names no architecture"
         raise UserError(message, 'add "architecture": "resnet18", a name timm knows')
@@ -43,7 +43,7 @@ def load(folder: Path, options: Options = AS_IT_IS, *, base_id: str | None = Non
             f"name the function that does: {folder}:arch=module:function; in Python: net = YourNet();"
             " net.load_state_dict(safetensors.torch.load_file('model.safetensors')); robustify.harden(net, ...)",
         )
-    return assemble(config, folder / "config.json", options, base_id or _called(folder), folder)
+    return assemble(config, folder / "config.json", options, base_id or called(folder), folder)
 
 
 def assemble(
@@ -86,8 +86,8 @@ def model_folder(folder: Path) -> Path:
     return inside if not (folder / "config.json").is_file() and (inside / "config.json").is_file() else folder
 
 
-def _called(folder: Path) -> str:
-    """The folder's name; of a run's model/ the run's, for that is what a person calls it."""
+def called(folder: Path) -> str:
+    """Return the folder's name; of a run's model/ the run's, for that is what a person calls it."""
     folder = folder.resolve()
     return folder.parent.name if folder.name == "model" else folder.name
 

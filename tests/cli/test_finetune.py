@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from robustify import launch, pipeline
 from robustify.cli.finetune import default_name
 from robustify.cli.options import count, without
 from robustify.errors import UserError
+from robustify.report import Report
 
 
 def test_a_run_ends_with_json_on_stdout_and_progress_on_stderr(finished):
@@ -52,6 +54,25 @@ def test_a_run_that_gains_nothing_cannot_be_taken_for_one_that_did(robustify, ti
     value = json.loads(robustify("finetune", *tiny, "--set", "train.keep=last", "-o", "last", "--json").out)
     assert (value["hardened"], value["best_epoch"]) == (True, 1)
     assert value["next"] == "robustify evaluate last --attack pgd:steps=50,restarts=5"
+
+
+def test_the_next_command_of_a_class_of_ones_own_works_as_it_is_shown(robustify, tmp_path):
+    net = "nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, num_classes))"
+    (tmp_path / "ownnets.py").write_text(f"from torch import nn\n\ndef make(width, num_classes=5):\n    return {net}\n")
+    model = ["--model", "ownnets:make:size=[1,8,8],width=20", "--num-classes", "10", "--no-verify"]
+    quick = ["--method", "fast-at", "--threat", "Linf:0.1", "--epochs", "1"]
+    small = [f"--set={value}" for value in ("data.limit=200", "train.probe_images=20", "eval.n=20", "train.keep=last")]
+    ran = robustify("finetune", *model, "--data", "digits", *quick, *small, "--set=eval.attacks=[clean]", "-o", "my run")
+    assert ran.code == 0, ran.err
+    shown = ran.out.splitlines()[-1].removeprefix("next: ")
+    assert shown == "robustify evaluate 'my run:arch=ownnets:make,width=20,num_classes=10' --attack pgd:steps=50,restarts=5"
+    ran = robustify(*shlex.split(shown)[1:], "--n", "10", "-o", "report.json")
+    assert ran.code == 0, ran.err
+    assert Report.load(tmp_path / "report.json").model_id == "my run"
+    ran = robustify("export", "my run:arch=ownnets:make,width=20,num_classes=10", "out")
+    assert ran.out.splitlines()[-1] == "next: robustify evaluate out:arch=ownnets:make,width=20,num_classes=10"
+    ran = robustify("blend", *["my run:arch=ownnets:make,width=20,num_classes=10"] * 2, "--points=2", "--n=5", "-o", "line")
+    assert ran.out.splitlines()[-1] == "next: robustify evaluate line:arch=ownnets:make,width=20,num_classes=10"
 
 
 def test_a_finished_run_is_not_overwritten(robustify, finished, tiny):

@@ -116,7 +116,26 @@ def test_what_is_exported_of_it_loads_again(mine):
         sources.load("out")
     assert "out:arch=module:function" in error.value.hint
     again = sources.load("out:arch=mynets:make")
-    assert again.input_size == (3, 8, 8)
+    assert (again.input_size, again.base_id) == ((3, 8, 8), "out")
+    assert torch.equal(again.model(x), checkpoint.model(x))
+
+
+@pytest.mark.parametrize(
+    ("source", "classes", "said"),
+    [
+        ("mynets:make:size=8", None, "out:arch=mynets:make"),
+        ("mynets:make:size=8,width=5,mean=0.5", None, "out:arch=mynets:make,width=5"),
+        ("mynets:make:size=8", 7, "out:arch=mynets:make,num_classes=7"),
+        ("resnet10t:size=32", 4, "out"),
+    ],
+)
+def test_what_came_of_a_network_is_named_so_that_it_loads(mine, source, classes, said):
+    checkpoint = sources.load(source, num_classes=classes, pretrained=False)
+    api.export(checkpoint, "out")
+    assert sources.weights_in("out", source, classes) == said
+    again = sources.load(said)
+    assert sources.weights_in("newer", said) == said.replace("out", "newer")
+    x = torch.rand(2, *checkpoint.input_size)
     assert torch.equal(again.model(x), checkpoint.model(x))
 
 
