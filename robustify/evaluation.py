@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from robustify import sanity
-from robustify.attacks import AttackSpec
+from robustify.attacks import AttackSpec, Size
 from robustify.attacks.autoattack import check as authors_check
 from robustify.attacks.cascade import AUTHORS, Cascade, Stage
 from robustify.attacks.transfer import transfer
@@ -90,7 +90,7 @@ def evaluate(
             raise UserError(f"{name} must be at least {least}, not {value}")
     world = world or World()
     several = [threats] if isinstance(threats, ThreatModel) else list(threats)
-    plan = rows_of(attacks, several)
+    plan = rows_of(attacks, several, split.shape[1:])
     if keep_adversarials and resume_folder is None:
         raise ValueError("keep_adversarials needs a resume_folder")
     run = Run(
@@ -192,18 +192,21 @@ def evaluate(
     )
 
 
-def rows_of(attacks: Sequence[str], threats: Sequence[ThreatModel]) -> list[tuple[str, AttackSpec, ThreatModel]]:
+def rows_of(
+    attacks: Sequence[str], threats: Sequence[ThreatModel], size: Size | None = None
+) -> list[tuple[str, AttackSpec, ThreatModel]]:
     """(the row's name, attack, threat) of every row; an attack's second settings are part of its name.
 
     Knapsacks come last: they buy what the others flipped, too. Raises UserError for attacks that are none, and for threats
-    that an attack does not know: it costs nothing, so it can be asked before a model is loaded.
+    and images, of (height, width), that an attack does not know: it costs nothing, so it can be asked before anything is
+    loaded.
     """
     specs = {str(spec): spec for spec in (AttackSpec.parse(name) for name in attacks if name != "clean")}
     wanted = dict.fromkeys((text, spec.under(threat)) for text, spec in specs.items() for threat in threats)
     taken: set[tuple[str, ThreatModel]] = set()
     plan = []
     for text, threat in wanted:
-        specs[text].check(threat)
+        specs[text].check(threat, size)
         name = text if (specs[text].name, threat) in taken else specs[text].name
         taken.add((name, threat))
         plan.append((name, specs[text], threat))

@@ -10,10 +10,12 @@ from robustify import layers
 from robustify.data import Data
 from robustify.distributed import World, make_accelerator
 from robustify.durations import duration
+from robustify.evaluation import rows_of
 from robustify.events import Listener
 from robustify.gradients import gradient_norms
 from robustify.inputs import augmentation, gate, load_inputs, normalised, prepare_weights
 from robustify.memory import memory_explained
+from robustify.methods import withstood
 from robustify.methods.base import replays
 from robustify.order import check_batch, epoch_lists, labelled_of
 from robustify.pixels import PixelModel
@@ -44,7 +46,8 @@ def plan(recipe: Recipe, *, processes: int = 1, listener: Listener | None = None
 
 
 def check_run(recipe: Recipe, model: PixelModel, data: Data, processes: int) -> None:
-    """Raise UserError, before anything is measured, when such a run cannot be trained."""
+    """Raise UserError, before anything is measured, when such a run cannot be measured or trained."""
+    rows_of(recipe.eval.attacks, withstood(recipe.method, recipe.threat), data.test.shape[1:])
     check_held_out(recipe.train, data.val)
     check_batch(recipe, len(data.train), processes)
     check_derivatives(recipe.method, recipe.train, model)

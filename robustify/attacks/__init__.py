@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from robustify.attacks.autoattack import apgd_ce, apgd_t, autoattack, fab_t, square, standard
+from robustify.attacks.autoattack import apgd_ce, apgd_t, autoattack, check_windows, fab_t, square, standard
 from robustify.attacks.cascade import Cascade, Stage
 from robustify.attacks.fgsm import fgsm
 from robustify.attacks.knapsack import knapsack
@@ -20,12 +20,15 @@ from robustify.errors import UserError, nearest
 from robustify.losses import LOSSES
 from robustify.threat import ThreatModel
 
+Size = tuple[int, int]
+
 
 @dataclass(frozen=True)
 class AttackInfo:
     """run: the function. distributional: it shares one budget over the whole set, so it wants the whole set at once.
 
-    cascade: for an attack that is several in turn: (threat, number of classes, **settings) -> which.
+    cascade: for an attack that is several in turn: (threat, number of classes, **settings) -> which. fits: raises UserError
+    for a threat and images of (height, width) that it cannot take.
     """
 
     run: Callable[..., Any]
@@ -34,6 +37,7 @@ class AttackInfo:
     distributional: bool = False
     norms: tuple[str, ...] = ("Linf", "L2", "L1")
     cascade: Callable[..., Cascade] | None = None
+    fits: Callable[[ThreatModel, Size], None] | None = None
 
 
 _CROCE = "Croce and Hein 2020, arXiv 2003.01690"
@@ -45,8 +49,12 @@ ATTACKS: dict[str, AttackInfo] = {
     "apgd-ce": AttackInfo(apgd_ce, "PGD that sets its own step, cross entropy", _CROCE),
     "apgd-t": AttackInfo(apgd_t, "the same on the targeted DLR loss, four classes or more", _CROCE),
     "fab-t": AttackInfo(fab_t, "targeted search for the smallest change", "Croce and Hein 2020, arXiv 1907.02044"),
-    "square": AttackInfo(square, "random search without gradients", "Andriushchenko et al. 2020, arXiv 1912.00049"),
-    "autoattack": AttackInfo(autoattack, "the four above in turn, by their authors' code", _CROCE, cascade=standard),
+    "square": AttackInfo(
+        square, "random search without gradients", "Andriushchenko et al. 2020, arXiv 1912.00049", fits=check_windows
+    ),
+    "autoattack": AttackInfo(
+        autoattack, "the four above in turn, by their authors' code", _CROCE, cascade=standard, fits=check_windows
+    ),
     "screen": AttackInfo(screen, "a cheap cascade: an upper bound, not AutoAttack", _CROCE, cascade=screen_stages),
     "w-fgsm": AttackInfo(
         w_fgsm, "one step, budget shared over the set", "Bai et al. 2023, arXiv 2306.09844", True, ("Linf", "L2")
@@ -110,12 +118,14 @@ class AttackSpec:
             return threat if threat.distributional else ThreatModel(threat.norm, threat.eps, 2.0)
         return threat.pointwise()
 
-    def check(self, threat: ThreatModel) -> None:
-        """Raise UserError when the attack cannot attack under this threat."""
+    def check(self, threat: ThreatModel, size: Size | None = None) -> None:
+        """Raise UserError when the attack cannot attack under this threat, images of (height, width) where that is known."""
         if threat.norm not in self.info.norms:
             raise UserError(
                 f"attack {self.name} does not know the norm {threat.norm}", f"norms: {', '.join(self.info.norms)}"
             )
+        if size is not None and self.info.fits is not None:
+            self.info.fits(threat, size)
 
     def __str__(self) -> str:
         return f"{self.name}:{','.join(f'{k}={v}' for k, v in self.settings.items())}" if self.settings else self.name

@@ -10,7 +10,6 @@ Their warnings (zero gradients, and those of `check`) are Python warnings; `eval
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -127,8 +126,9 @@ def square(
 ) -> Tensor:
     """The Square attack (Andriushchenko et al., ECCV 2020, arXiv 1912.00049): random search without gradients.
 
-    Returns adversarial images, [N, ...]; x itself where it finds none.
+    Returns adversarial images, [N, ...]; x itself where it finds none. Raises UserError like `check_windows`.
     """
+    check_windows(threat, (x.shape[2], x.shape[3]))
 
     def attack(predict: Callable[[Tensor], Tensor]) -> Any:
         return SquareAttack(
@@ -142,15 +142,25 @@ def square(
             resc_schedule=False,
         )
 
-    try:
-        return _run(attack, model, x, y)
-    except (RuntimeError, ZeroDivisionError) as error:  # 12, 14, 18, 19 and 24 pixels wide, for instance, in L2 and L1
-        if threat.norm == "Linf" or not re.search("broadcast|division|modulo", str(error)):
-            raise
-        sides = "x".join(map(str, x.shape[2:]))
-        hint = "take the others: --attack apgd-ce --attack apgd-t --attack fab-t; Linf works at every size"
-        message = f"square, as its authors wrote it, cannot place its windows in {threat.norm} on images of {sides}"
-        raise UserError(message, hint) from error
+    return _run(attack, model, x, y)
+
+
+def check_windows(threat: ThreatModel, size: tuple[int, int]) -> None:
+    """Raise UserError where Square, as its authors wrote it, cannot place its first windows. size: (height, width).
+
+    In L2 and L1 it begins with windows side by side, of a fifth of the height, from the margin that five of them leave. It
+    places as many as would fit without that margin, so the last one may stick out (at 12, 14, 18, 19 and 24 pixels), which
+    its code does not foresee; windows of one pixel may, and images lower than five pixels have none.
+    """
+    height, width = size
+    side = height // 5
+    margin = (height - 5 * side) // 2
+    sticks_out = side > 1 and width >= side and any(margin + n // side * side > n for n in size)
+    if threat.norm != "Linf" and (side == 0 or sticks_out):
+        raise UserError(
+            f"Square, as its authors wrote it, cannot place its windows in {threat.norm} on images of {height}x{width}",
+            "take AutoAttack's other parts: --attack apgd-ce --attack apgd-t --attack fab-t; Linf works at every size",
+        )
 
 
 AUTHORS.update({apgd_ce, apgd_t, fab_t, square})
@@ -171,6 +181,7 @@ def autoattack(
 
     With other settings, or with fewer than ten classes, it is what `standard` says in its label.
     """
+    check_windows(threat, (x.shape[2], x.shape[3]))
     check(model, x, y)
     build = partial(standard, threat, steps=steps, queries=queries, targets=targets)
     return in_turn(build, model, x, y, threat=threat, seed=seed)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import tiny_net, toy_data
 from pyautoattack import AutoAttack
+from pyautoattack.square import SquareAttack
 from torch import nn
 
 from robustify.attacks import ATTACKS, AttackSpec, apgd_t, autoattack, fab_t, screen, square
@@ -204,9 +205,43 @@ def test_the_standard_version_on_a_real_network(assets):
     assert np.array_equal(ours.verdicts[ours.rows[1].key], (model(x_adv).argmax(1) == y).numpy())
 
 
-def test_square_says_which_images_its_windows_do_not_fit():
+@pytest.mark.parametrize("norm", ["L2", "L1"])
+def test_square_is_refused_exactly_where_its_authors_code_fails(norm):
+    """Every side up to 30 and narrow, low and wide images, against pyautoattack's own code."""
+    threat = ThreatModel.parse(f"{norm}:1")
+
+    class Stubborn(torch.nn.Module):
+        def forward(self, x):
+            return torch.stack([x.flatten(1).mean(1) + 100, x.flatten(1).mean(1)], 1)
+
+    def fails(size):
+        x, y = torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(0)), torch.zeros(1, dtype=torch.long)
+        attack = SquareAttack(Stubborn(), norm=norm, n_queries=3, eps=1.0, p_init=0.8, seed=0, resc_schedule=False)
+        try:
+            attack.perturb(x, y)
+        except (RuntimeError, ZeroDivisionError):
+            return True
+        return False
+
+    def refused(size):
+        try:
+            AttackSpec.parse("autoattack").check(threat, size)
+        except UserError:
+            return True
+        return False
+
+    sizes = [(side, side) for side in range(1, 31)] + [(h, w) for h in (4, 9, 12, 24, 28) for w in (1, 2, 3, 4, 11, 13, 32)]
+    assert [size for size in sizes if refused(size)] == [size for size in sizes if fails(size)]
+    assert [side for side in range(5, 513) if refused((side, side))] == [12, 14, 18, 19, 24]
+    AttackSpec.parse("square").check(ThreatModel.parse("Linf:8/255"), (12, 12))
+
+
+def test_images_that_square_cannot_take_are_refused_before_a_pass_is_spent():
     x = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(432, 10))
     y = net(x).argmax(1)
+    with counted(net) as passes, pytest.raises(UserError, match="in L2 on images of 12x12"):
+        report(net, x, y, ["autoattack"], "L2:0.5")
+    assert passes.forward == 0
     with pytest.raises(UserError, match="in L2 on images of 12x12"):
         square(net, x, y, threat=ThreatModel.parse("L2:1e-6"), queries=50)
