@@ -71,8 +71,9 @@ def _exported(model: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
 
 def _onnx(model: nn.Module, x: Tensor) -> bytes:
     program: Any = torch.onnx.export(
-        _exported(model, x), dynamo=True, input_names=["images"], output_names=["logits"], verbose=False
-    )
+        _exported(model, x), dynamo=True, input_names=["images"], output_names=["logits"], verbose=False,
+        dynamic_shapes=({0: "batch"},),  # the name that the exported program has lost
+    )  # fmt: skip
     return program.model_proto.SerializeToString()
 
 

@@ -263,6 +263,8 @@ def test_other_formats_take_plain_images_of_any_number(tmp_path, name):
                 import onnxruntime
 
                 session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+                sides = session.get_inputs()[0].shape, session.get_outputs()[0].shape
+                assert sides == (["batch", 3, 64, 64], ["batch", 7])
                 found = torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
         assert torch.allclose(found, wanted, atol=1e-5)
 
