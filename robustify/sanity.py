@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from robustify.attacks.ascent import ascend
+from robustify.compare import mcnemar
 from robustify.errors import UserError
 from robustify.gradients import input_gradient
 from robustify.intervals import percent
@@ -29,6 +30,7 @@ _STEPS = 20
 _SLACK = 0.002  # of accuracy: what pyautoattack's own check allows Square to gain
 _FEW = 3  # images more or less are no sign of anything
 _ENOUGH = 20  # images of which a share says something
+_CHANCE = 0.01  # of McNemar's exact test: 64 images that differ by eight, all one way, have 0.008
 _MANY = 0.1  # share of images that is no accident
 _DIFFERENT = 1e-4  # of the largest logit: beyond rounding
 
@@ -165,13 +167,16 @@ def _is_a_function(model: nn.Module, x: Tensor, logits: Tensor, found: Findings)
 
 
 def _is_normalised(model: nn.Module, x: Tensor, y: Tensor, right: Tensor, found: Findings) -> None:
+    """On the same images the normalised reading must beat the plain one, and the best single answer for all of them, by more
+    than chance: a network that answers alike whatever it sees may be right more often in either reading."""
     deviation, mean = torch.std_mean(x, (0, 2, 3), keepdim=True)
-    plain = float(right.double().mean())
-    other = float((model((x - mean) / deviation.clamp_min(1e-3)).argmax(1) == y).double().mean())
-    found.evidence["accuracy_if_normalised"] = other
-    if other > plain + _MANY and len(x) >= _ENOUGH:
+    other = model((x - mean) / deviation.clamp_min(1e-3)).argmax(1) == y
+    plain, share = float(right.double().mean()), float(other.double().mean())
+    found.evidence["accuracy_if_normalised"] = share
+    rivals = (right, y == y.mode().values)
+    if all(other.sum() > rival.sum() and mcnemar(rival.cpu().numpy(), other.cpu().numpy()) < _CHANCE for rival in rivals):
         found.notes.append(
-            f"On normalised images the accuracy would be {percent(other)} instead of {percent(plain)} (first {len(x)} "
+            f"On normalised images the accuracy would be {percent(share)} instead of {percent(plain)} (first {len(x)} "
             "images): the model seems to expect normalised images. Give its mean and std."
         )
 

@@ -178,11 +178,53 @@ def test_probabilities_for_logits_are_told(model):
 def test_a_model_that_expects_normalised_images_is_told(model):
     x = toy_data(64)[0]
     deviation, mean = torch.std_mean(x, (0, 2, 3))
-    split = labelled(PixelModel(model, mean.tolist(), deviation.tolist()), x)
+    right = PixelModel(model, mean.tolist(), deviation.tolist())
+    with torch.no_grad():
+        model[6].bias.sub_(right(x).mean(0))  # else it calls nearly all of them the same
+    split = labelled(right, x)
     notes = looked_at(model, split=split).notes
     assert any("seems to expect normalised images" in note for note in notes), notes
-    right = PixelModel(model, mean.tolist(), deviation.tolist())
     assert not any("normalised" in note for note in looked_at(right, split=split).notes)
+
+
+class Answers(nn.Module):
+    """Answers `plain` on images in [0,1] and `normalised` on others, whatever the images show."""
+
+    def __init__(self, plain: torch.Tensor, normalised: torch.Tensor) -> None:
+        super().__init__()
+        self.plain, self.normalised = plain, normalised
+
+    def forward(self, x):
+        return F.one_hot(self.normalised if float(x.min()) < 0 else self.plain, 10)[: len(x)].float()
+
+
+@pytest.mark.parametrize(
+    ("right", "other", "told"),
+    [
+        (7, 15, False),  # so much better are two guesses, each right on a tenth of 64 images, now and then
+        (7, 40, True),
+        (50, 55, False),
+        (50, 63, True),
+    ],
+)
+def test_normalised_images_are_only_suggested_where_chance_does_not_explain_it(right, other, told):
+    y = torch.arange(64) % 10
+    first, last = (torch.where(hits, y, (y + 1) % 10) for hits in (torch.arange(64) < right, torch.arange(64) >= 64 - other))
+    found = sanity.Findings()
+    x = torch.rand(64, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    sanity._is_normalised(Answers(first, last), x, y, first == y, found)
+    assert found.evidence["accuracy_if_normalised"] == other / 64
+    assert bool(found.notes) == told
+
+
+def test_one_answer_for_all_images_is_no_sign_of_normalisation():
+    """Images in the order of their classes: a network that always says the first class is right on all of them."""
+    always = torch.zeros(64, dtype=torch.long)
+    x = torch.rand(64, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for y in (always, torch.arange(64) // 40):
+        found = sanity.Findings()
+        sanity._is_normalised(Answers(always + 5, always), x, y, always == 5, found)
+        assert found.notes == []
 
 
 def test_an_accuracy_like_chance_is_told():
