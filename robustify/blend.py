@@ -9,6 +9,7 @@ were lost at every point of a line, its end included (docs/results.md).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from robustify.data import Split
 from robustify.distributed import World
 from robustify.errors import UserError
 from robustify.evaluation import evaluate
+from robustify.intervals import few_images
 from robustify.pixels import PixelModel
 from robustify.threat import ThreatModel
 
@@ -115,12 +117,17 @@ def choose(points: Sequence[Point], max_clean_drop: float | None = None) -> Poin
     return max((point for point in ordered if point.clean >= floor - 1e-9), key=lambda point: point.robust)
 
 
+def price(points: Sequence[Point]) -> float | None:
+    """Return what the cheapest point more robust than the start costs in clean accuracy, in points of 100, rounded up to a
+    tenth; None where no point is more robust."""
+    start, *others = sorted(points, key=lambda point: point.alpha)
+    costs = [100 * (start.clean - point.clean) for point in others if point.robust > start.robust]
+    return math.ceil(10 * min(costs) - 1e-6) / 10 if costs else None
+
+
 def few(n: int) -> str | None:
     """Return what to say when the point is chosen on so few held-out images that chance has a part in it."""
-    if n >= FEW:
-        return None
-    error = f"an accuracy on them has a standard error of up to {50 / n**0.5:.1f} points"
-    return f"only {n} held-out images choose the point: {error}"
+    return few_images(n, "choose the point") if n < FEW else None
 
 
 def in_words(

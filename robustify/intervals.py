@@ -53,3 +53,8 @@ def percent(share: float) -> str:
 def percent_interval(interval: tuple[float, float]) -> str:
     """Return `[50.01, 56.20]`, in per cent."""
     return f"[{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]"
+
+
+def few_images(n: int, choose: str) -> str:
+    """Return what to say of so few held-out images that chance has a part in what they `choose`."""
+    return f"only {n} held-out images {choose}: an accuracy on them has a standard error of up to {50 / n**0.5:.1f} points"

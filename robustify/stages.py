@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from robustify import files
-from robustify.blend import Weights, between, choose, curve, few, in_words, quick
+from robustify.blend import Weights, between, choose, curve, few, in_words, price, quick
 from robustify.card_figures import Gallery, draw
 from robustify.data import Data, Split, digest
 from robustify.distributed import World
@@ -69,6 +69,17 @@ def go_back(
     measured = f"{quick(threats)} at {' and '.join(map(str, threats))}"
     said = in_words(chosen, len(points), n, "the loaded", "the trained ones", measured, recipe.train.max_clean_drop)
     tell(Note(said))
+    if chosen.alpha == 0:
+        cost = price(points)
+        tell(
+            Note(
+                "max_clean_drop went all the way back to the loaded weights: "
+                + ("no point of the line is" if cost is None else f"from max_clean_drop {cost:g} on a point of the line is")
+                + " more robust; a smaller radius (threat), learning rate (train.lr) or beta (method.beta) costs less clean "
+                "accuracy",
+                "warning",
+            )
+        )
     return said
 
 

@@ -26,6 +26,7 @@ from robustify.events import Collapsed, EpochEnd, Event, Listener, Note, Progres
 from robustify.faults import Preempted, Termination
 from robustify.gradients import gradient_alignment, gradient_norms
 from robustify.importance import MIN_DRAWS, draw, logit_slopes
+from robustify.intervals import few_images
 from robustify.methods import withstood
 from robustify.methods.base import replays
 from robustify.methods.remedies import has_fallen, is_blind, next_remedy, remedied
@@ -120,9 +121,8 @@ def train(
     probe = subset(data.val, sample(len(data.val), min(s.probe_images, len(data.val)), s.seed))
     if len(probe) < FEW:
         yield Note(
-            f"only {len(probe)} held-out images choose the best epoch and tell a collapse: an accuracy on them has a standard "
-            f"error of up to {50 / len(probe) ** 0.5:.0f} points; hold out more (data.val_fraction, train.probe_images; "
-            "val_data, probe_images in robustify.harden)",
+            f"{few_images(len(probe), 'choose the best epoch and tell a collapse')}; hold out more (data.val_fraction, "
+            "train.probe_images; val_data, probe_images in robustify.harden)",
             "warning",
         )
     setup.hook = attach(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import tiny_net, toy_data
 
-from robustify.blend import Point, between, choose, curve
+from robustify.blend import Point, between, choose, curve, price
 from robustify.data import from_tensors
 from robustify.errors import UserError
 from robustify.pixels import PixelModel
@@ -50,3 +50,10 @@ def test_the_choice_keeps_the_clean_accuracy_asked_for():
     assert choose(points, 5.0).alpha == 0.5  # of equals the nearer
     assert choose(points).alpha == 1.0
     assert choose(points, 0).alpha == 0.0
+
+
+def test_the_price_of_robustness_is_that_of_the_cheapest_point_more_robust():
+    start, end = Point(0.0, 0.90, 0.50), Point(1.0, 0.80, 0.70)
+    assert price([end, Point(0.5, 0.86, 0.60), Point(0.2, 0.89, 0.50), start]) == 4.0
+    assert price([start, Point(0.5, 0.8583, 0.51), end]) == 4.2
+    assert price([start, Point(0.5, 0.88, 0.40)]) is None

@@ -14,7 +14,8 @@ from helpers import tiny_net, toy_data
 from safetensors.torch import load_file
 
 import robustify
-from robustify import pipeline, runs
+from robustify import pipeline, runs, stages
+from robustify.blend import Point
 from robustify.data import from_tensors
 from robustify.distributed import busy_cores
 from robustify.errors import UserError
@@ -320,6 +321,14 @@ def test_a_caller_who_listens_to_nothing_is_warned_when_nothing_was_gained():
     assert result.outcome.best_epoch == 0
     assert any("beat the start" in note for note in result.report[1].notes)
     assert {report.split for report in result.report} == {"held-out"}  # no test images were given
+
+
+def test_a_clean_drop_that_leaves_nothing_of_the_training_is_told_with_its_price(monkeypatch):
+    monkeypatch.setattr(stages, "curve", lambda *_, **__: [Point(0.0, 0.9, 0.5), Point(1.0, 0.8, 0.6)])
+    settings = {"method": "fast-at", "threat": "Linf:8/255", "epochs": 1, "batch_size": 32, "keep": "last"}
+    with pytest.warns(UserWarning, match="from max_clean_drop 10 on a point of the line is more robust; a smaller radius"):
+        result = harden(tiny_net(), toy_data(96), verify=False, attacks=["clean"], max_clean_drop=2, **settings)
+    assert not result.hardened
 
 
 def test_a_caller_who_gives_no_listener_hears_a_line_an_epoch_and_a_measurement(capsys):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -153,9 +155,7 @@ def _show_result(result: Result, folder: Path, arguments: list[str], as_json: bo
     hardened = weights_in(folder, result.recipe.model.source, result.recipe.model.num_classes)
     following = f"robustify evaluate {shlex.quote(hardened)} --attack pgd:steps=50,restarts=5"
     if not result.hardened:
-        longer = ["--epochs", str(2 * result.recipe.train.epochs), "--force"]
-        kept = [argument for argument in options.without(arguments, "--epochs", "train.epochs") if argument != "--force"]
-        following = options.command([*kept, *longer])
+        following = _instead(result, folder, arguments)
     if as_json:
         facts = {"folder": str(folder), "hardened": result.hardened, "best_epoch": result.outcome.best_epoch}
         reports = {"before": before.to_json(), "after": after.to_json()}
@@ -167,11 +167,34 @@ def _show_result(result: Result, folder: Path, arguments: list[str], as_json: bo
         bound = "--max-clean-drop 2 bounds what robustness may cost, a smaller train.lr often costs less"
         console.note(f"warning: {lost:.1f} points of clean accuracy are lost; {bound}")
     if not result.hardened:
-        trained = result.outcome.best_epoch > 0
-        why = "max_clean_drop went all the way back" if trained else "no epoch beat the start on the held-out images"
+        why = "max_clean_drop went all the way back" if _went_back(result) else "no epoch beat the start on the held-out images"
         console.result(f"not hardened: {why}, so these are the weights that were loaded")
     console.result(f"model: {folder / 'model'}")
     console.result(f"next: {following}")
+
+
+def _went_back(result: Result) -> bool:
+    return result.outcome.best_epoch > 0 and result.recipe.train.max_clean_drop is not None
+
+
+def _instead(result: Result, folder: Path, arguments: Sequence[str]) -> str:
+    """The command that may harden what this run did not: longer; but where `max_clean_drop` went all the way back, with the
+    clean accuracy that robustness costs there, or in smaller steps where no point of the line was more robust."""
+    from robustify.blend import Point, price
+
+    cost = None
+    if _went_back(result):
+        cost = price([Point(**point) for point in json.loads((folder / "blend.json").read_text())["points"]])
+    if cost is not None:
+        kept = options.without(arguments, "--max-clean-drop", "train.max_clean_drop")
+        change = ["--max-clean-drop", f"{cost:g}"]
+    elif _went_back(result):
+        kept = options.without(arguments, "--lr", "train.lr")
+        change = ["--set", f"train.lr={result.recipe.train.lr / 3:.2g}"]
+    else:
+        kept = options.without(arguments, "--epochs", "train.epochs")
+        change = ["--epochs", str(2 * result.recipe.train.epochs)]
+    return options.command([*(argument for argument in kept if argument != "--force"), *change, "--force"])
 
 
 def _show_plan(resolved: Resolved, plan: dict[str, Any], following: str, as_json: bool) -> None:

@@ -6,14 +6,16 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from robustify import launch, pipeline
-from robustify.cli.finetune import default_name
+from robustify.cli.finetune import _instead, default_name
 from robustify.cli.options import count, without
 from robustify.errors import UserError
 from robustify.report import Report
+from robustify.resolve import resolve
 
 
 def test_a_run_ends_with_json_on_stdout_and_progress_on_stderr(finished):
@@ -54,6 +56,24 @@ def test_a_run_that_gains_nothing_cannot_be_taken_for_one_that_did(robustify, ti
     value = json.loads(robustify("finetune", *tiny, "--set", "train.keep=last", "-o", "last", "--json").out)
     assert (value["hardened"], value["best_epoch"]) == (True, 1)
     assert value["next"] == "robustify evaluate last --attack pgd:steps=50,restarts=5"
+
+
+@pytest.mark.parametrize(
+    ("best_epoch", "robust", "said"),
+    [
+        (0, 0.6, "--set train.lr=0.02 --max-clean-drop=1 --epochs 6 --force"),
+        (3, 0.6, "--set train.lr=0.02 --epochs 3 --max-clean-drop 3.2 --force"),  # what robustness costs on that line
+        (3, 0.5, "--max-clean-drop=1 --epochs 3 --set train.lr=0.0067 --force"),  # nothing of it is more robust
+    ],
+)
+def test_a_run_that_gained_nothing_advises_what_may_help(tmp_path, best_epoch, robust, said):
+    recipe = resolve("quickstart", {"train.max_clean_drop": 1, "train.epochs": 3, "train.lr": 0.02}).recipe
+    points = [{"alpha": 0, "clean": 0.9, "robust": 0.5}, {"alpha": 1, "clean": 0.8, "robust": robust}]
+    points.append({"alpha": 0.5, "clean": 0.8684, "robust": robust})
+    (tmp_path / "blend.json").write_text(json.dumps({"points": points}))
+    result = SimpleNamespace(recipe=recipe, outcome=SimpleNamespace(best_epoch=best_epoch))
+    typed = ["finetune", "--set", "train.lr=0.02", "--max-clean-drop=1", "--epochs", "3", "--force"]
+    assert _instead(result, tmp_path, typed) == f"robustify finetune {said}"
 
 
 def test_the_next_command_of_a_class_of_ones_own_works_as_it_is_shown(robustify, tmp_path):
