@@ -93,7 +93,8 @@ def evaluate(
 
     model: a network whose input is [0,1], or normalised with `mean` and `std`; a Checkpoint; a source, as for `load`.
     It is evaluated on the device it is on, a source on the GPU where there is one, and comes back as it was.
-    data: a Data; a pair (x, y), a Dataset or a Split, all of which is taken; a name, such as cifar10.
+    data: a Data; a pair (x, y), a Dataset or a Split, all of which is taken; a name, such as cifar10. Images are NCHW, NHWC
+    or NHW, in [0,1] or uint8 (docs/data.md).
     attacks: `clean`, `pgd:steps=50,restarts=5`; by default clean, FGSM, PGD and W-PGD as far as the norms allow.
     threat: one or several, `Linf:8/255`, `W2-Linf:8/255`. n: images, drawn by the seed; None for all.
     split: test, val or train, of a Data or a name; of a name, the seed also says which images are held out for val.

@@ -23,7 +23,8 @@ GREY_MODES = ("1", "L", "LA")
 def nchw(images: Any, what: str) -> Tensor:
     """Return images [N,C,H,W], uint8 or float32 in [0,1], from an array or tensor NHW, NHWC or NCHW.
 
-    what: how messages call the images. Raises UserError for another shape, type or range.
+    Where the second and the last place of the shape could both be channels, the second is. what: how messages call the
+    images. Raises UserError for another shape, type or range.
     """
     x = torch.as_tensor(_tensor(images, what))
     if x.ndim == 3:

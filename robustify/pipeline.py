@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 import sys
 import tempfile
 import warnings
@@ -135,7 +134,8 @@ def harden(
     """Harden a network in memory. Returns a Result whose `.model` is of the same class; the one given is left as it is.
 
     model: maps [0,1] images to logits, or images normalised with `mean` and `std`. train_data (val_data, test_data): a
-    Data, a Dataset, or a pair of tensors (images in [0,1] or uint8, labels); what is not given is held out of train_data.
+    Data, a Dataset, or a pair of tensors or arrays (images NCHW, NHWC or NHW in [0,1] or uint8, labels); what is not given
+    is held out of train_data.
     method: a name, or a mapping of its settings with `name`. threat: `W2-Linf:8/255`, `Linf:8/255`; by default the
     method's. augment: auto, none, flip, crop-flip or shift. out: run folder to write (None: none is kept). verify: refuse
     a model no better than chance, which usually means a wrong normalisation; False for an untrained one.
@@ -153,10 +153,7 @@ def harden(
     }
     if threat is not None:
         values["threat"] = ThreatModel.parse(threat)
-    try:
-        recipe = build(values)
-    except UserError as error:  # the recipe's sections are no part of what was typed
-        raise UserError(re.sub(r"\b(train|eval|data)\.(?=\w)", "", error.message), error.hint) from None
+    recipe = build(values, unnamed=("train", "eval", "data"))
     pixel_model = PixelModel(copy.deepcopy(model), mean, std)
     with borrowed(pixel_model), torch.no_grad():
         x, _ = data.test.batch([0])

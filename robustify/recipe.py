@@ -303,21 +303,24 @@ def _said(settings: Settings) -> dict[str, Any]:
     }
 
 
-def build(values: Mapping[str, Any]) -> Recipe:
-    """Validate a mapping into a Recipe. Raises one UserError that lists every mistake, each with its key and value."""
+def build(values: Mapping[str, Any], unnamed: Sequence[str] = ()) -> Recipe:
+    """Validate a mapping into a Recipe. Raises one UserError that lists every mistake, each with its key and value.
+
+    unnamed: sections whose settings the user typed without the section's name.
+    """
     try:
         return Recipe.model_validate(dict(values))
     except ValidationError as error:
-        lines = [_explain(dict(found)) for found in error.errors()]
+        lines = [_explain(dict(found), unnamed) for found in error.errors()]
         what = "1 setting is" if len(lines) == 1 else f"{len(lines)} settings are"
         raise UserError(f"{what} not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None
 
 
-def _explain(error: dict[str, Any]) -> str:
+def _explain(error: dict[str, Any], unnamed: Sequence[str]) -> str:
     loc = [str(part) for part in error["loc"]]
     if len(loc) > 2 and loc[0] == "method":
         loc = [loc[0], *loc[2:]]  # without pydantic's tag of the union
-    key = ".".join(loc)
+    key = ".".join(loc[1:] if loc and loc[0] in unnamed else loc)
     value = error.get("input")
     if error["type"] == "extra_forbidden":
         known = _known_keys(error["loc"])

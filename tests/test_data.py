@@ -250,6 +250,17 @@ def test_array_layouts(layout: str, kind: type) -> None:
     assert data.augmentation == ("crop-flip" if wanted.shape[1] == 3 else "shift")
 
 
+@pytest.mark.parametrize("shape", [(24, 3, 5, 3), (24, 1, 5, 3), (24, 3, 3, 3)])
+def test_a_shape_that_could_be_either_layout_is_taken_as_channels_first(shape) -> None:
+    x = torch.rand(*shape, generator=torch.Generator().manual_seed(0))
+    assert from_tensors((x, torch.arange(24) % 3)).input_size == shape[1:]
+
+
+def test_a_shape_that_is_no_layout_is_named() -> None:
+    x = torch.rand(24, 5, 6, 4)
+    refused(lambda: from_tensors((x, torch.arange(24) % 3)), "cannot read images of shape 24x5x6x4", "NCHW, NHWC or NHW")
+
+
 def test_grey_becomes_colour_and_never_the_reverse() -> None:
     x, y = numbered()
     data = from_tensors((x[:, :1], y), input_size=(3, 8, 8))

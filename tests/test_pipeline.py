@@ -355,12 +355,13 @@ def test_of_several_processes_only_the_main_one_speaks(capsys):
 
 def test_a_callers_mistakes_are_told_by_the_names_that_he_typed():
     with pytest.raises(UserError) as told:
-        harden(tiny_net(), toy_data(96), epochs=0, learning_rate=0.1, attacks=["pdg"], augment="crop")
+        harden(tiny_net(), toy_data(96), epochs=0, learning_rate=0.1, attacks=["pdg"], augment="crop", lr="data.lr")
     lines = str(told.value).splitlines()
     assert any(line.startswith("  - epochs = 0: ") for line in lines)
     assert any(line.startswith("  - unknown key learning_rate = 0.1.") for line in lines)
     assert any(line.startswith("  - attacks: unknown attack 'pdg'. Did you mean pgd?") for line in lines)
     assert any(line.startswith("  - augment = 'crop': ") for line in lines)
+    assert any(line.startswith("  - lr = 'data.lr': ") for line in lines)  # what he gave stays as it is
 
 
 @pytest.mark.parametrize(("threads", "advice"), [(1, "nothing here can help"), (2, "OMP_NUM_THREADS=1 fits")])
