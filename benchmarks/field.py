@@ -294,7 +294,7 @@ def table(rows: list[dict[str, Any]], part: str, network: str) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for label, threat in dict.fromkeys((row["label"], row["threat"]) for row in mine):
         group = [row for row in mine if (row["label"], row["threat"]) == (label, threat)]
-        first = next(row for row in mine if row["threat"] == threat)  # its passes are the unit
+        first = next((row for row in mine if row["threat"] == threat and row["steps"]), group[0])  # its passes are the unit
         robust, n = [row["robust"] for row in group], group[0]["n"]
         low, high = wilson(statistics.mean(robust) * n, n)
         cost = first["steps"] * first["step_passes"]
