@@ -17,6 +17,7 @@ from robustify.card import without_home
 from robustify.card_update import has_own_text, made_of, update
 from robustify.errors import UserError
 from robustify.front_matter import HUB_ID
+from robustify.sources import hub
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -59,10 +60,13 @@ def push(parcel: Parcel, repo: str, *, private: bool = False) -> str:
     huggingface_hub knows; it is never shown. Raises UserError for whatever the hub or the network refuses, and when
     `private` is asked for and the repository is public.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
+    if hub.offline():
+        raise UserError(f"{repo} was not published: HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE where there is a network")
     api = HfApi(library_name="robustify")
     try:
+        hub.reach(constants.ENDPOINT)
         url = api.create_repo(repo, private=private or None, exist_ok=True)
         info = api.model_info(repo)
         if private and not info.private:

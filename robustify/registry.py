@@ -75,8 +75,10 @@ def _register_transformers() -> None:
 
 
 def _builder(row: dict[str, Any], classes: int) -> Callable[..., nn.Module]:
-    # timm passes on what its configuration says; global_pool has no meaning here
-    def build(num_classes: int = classes, in_chans: int = 3, global_pool: str | None = None) -> nn.Module:
+    # timm passes on what its configuration says; global_pool and img_size have no meaning here
+    def build(
+        num_classes: int = classes, in_chans: int = 3, global_pool: str | None = None, img_size: object = None
+    ) -> nn.Module:
         from robustify.sources import robustbench
 
         return robustbench.build(row, num_classes, in_chans)

@@ -130,6 +130,17 @@ def test_a_dry_run_sends_nothing(hub, run):
     assert hub.requests == []
 
 
+def test_without_a_network_it_says_so_at_once(hub, run):
+    told_not_to = robustify(hub, "push", run, "me/robust", HF_HUB_OFFLINE="1")
+    assert told_not_to.returncode == 2
+    assert "HF_HUB_OFFLINE is set" in told_not_to.stderr
+    assert hub.requests == []
+    cut_off = robustify(hub, "push", run, "me/robust", HF_ENDPOINT="http://127.0.0.1:9")
+    assert cut_off.returncode == 2
+    assert "the Hugging Face hub cannot be reached" in cut_off.stderr
+    assert "Retrying" not in cut_off.stderr
+
+
 def test_private_stays_private(hub, run):
     assert robustify(hub, "push", run, "me/secret", "--private").returncode == 0
     assert hub.private["me/secret"]

@@ -52,7 +52,7 @@ def optional_file(repo: str, name: str) -> Path | None:
         if here is not None:
             return Path(here) if isinstance(here, str) else None  # else: it was asked for, and is not there
         if not offline():
-            _reach(constants.ENDPOINT)
+            reach(constants.ENDPOINT)
         return Path(hf_hub_download(**options))
     except Exception as error:  # offline, unreachable, not there, not allowed
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):  # a kind of the other
@@ -62,15 +62,15 @@ def optional_file(repo: str, name: str) -> Path | None:
 
 
 @functools.cache
-def _reach(endpoint: str) -> None:
-    """Raise at once where no network leads to the hub, which huggingface_hub finds out by half a minute of retries."""
+def reach(endpoint: str) -> None:
+    """Raise ConnectionError at once without a network to the hub; huggingface_hub would try again for half a minute."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
     try:
         get_session().head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # of requests or of httpx, as the version of huggingface_hub has it
-        raise ConnectionError(str(error)) from error
+        raise ConnectionError(f"the Hugging Face hub cannot be reached: {error}") from error
 
 
 def _explain(repo: str, owner_name: str, name: str, error: Exception) -> tuple[str, str]:
@@ -91,7 +91,7 @@ def _explain(repo: str, owner_name: str, name: str, error: Exception) -> tuple[s
     hint = f"fetch it where there is a network (hf download {owner_name}) and pass its folder as the model; {RANDOM}"
     if isinstance(error, ConnectionError):
         hint = f"{hint}; HF_HUB_OFFLINE=1 asks for nothing that is not here"
-        return f"{name} of {repo} is not on this machine, and the Hugging Face hub cannot be reached: {reason}", hint
+        return f"{name} of {repo} is not on this machine, and {reason}", hint
     if offline():
         reason = "HF_HUB_OFFLINE is set"
     return f"{name} of {repo} is not on this machine and could not be fetched: {reason}", hint

@@ -58,7 +58,7 @@ def test_the_weights_are_of_the_descriptions_commit(hub):
 
 def test_without_a_network_the_answer_comes_at_once(hub, monkeypatch):
     sources.load("hf-hub:me/net")
-    files._reach.cache_clear()  # what another process would know
+    files.reach.cache_clear()  # what another process would know
     for name in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"):
         here = getattr(huggingface_hub.constants, name)
         monkeypatch.setattr(huggingface_hub.constants, name, here.replace(hub.url, "http://127.0.0.1:9"))

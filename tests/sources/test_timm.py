@@ -89,7 +89,7 @@ def test_what_the_hub_answers(monkeypatch, raised, said, hint):
         raise error
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
-    monkeypatch.setattr("robustify.sources.hub._reach", lambda endpoint: None)
+    monkeypatch.setattr("robustify.sources.hub.reach", lambda endpoint: None)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     with pytest.raises(UserError, match=said) as error:
         sources.load("hf-hub:someone/net@v9")
