@@ -59,8 +59,8 @@ def test_robustbench_architecture():
         timm.create_model(R18, in_chans=1)
 
 
-def test_robustbench_architecture_described_by_a_timm_network_inside():
-    """A ViT inside says that it takes images of one size; timm then passes that size on (Singh2023's ViT-B-ConvStem)."""
+def test_robustbench_architecture_made_of_one_of_timms():
+    """A ViT of timm's (Singh2023's ViT-B-ConvStem) says that it takes images of one size, which timm then passes on."""
     cfg = {"num_classes": 10, "input_size": (3, 32, 32), "fixed_input_size": True}
     assert timm.create_model(R18, pretrained_cfg=cfg)(torch.rand(1, 3, 32, 32)).shape == (1, 10)
 
