@@ -60,6 +60,7 @@ def render(
         threats="\n".join(f"- {_in_words(ThreatModel.parse(threat))}" for threat in threats),
         data=f"{dataset_name(after)}, {after.split} split",
         usage=_usage(name, path or name, hub, config),
+        formats=_formats(config),
         method=_method(recipe),
         command=without_home(command) or "(not recorded)",
         classes=_classes(config),
@@ -232,6 +233,16 @@ def _usage(name: str, path: str, hub: str | None, config: Mapping[str, Any]) -> 
         arguments=", ".join(f"{key}={value!r}" for key, value in arguments.items()),
         shape=", ".join(map(str, config["pretrained_cfg"]["input_size"])),
     ).rstrip()
+
+
+def _formats(config: Mapping[str, Any]) -> str:
+    readers = {"onnx": "ONNX Runtime", "pt2": "`torch.export.load`"}
+    lines = [
+        f"- `model.{name}`, for {readers[name]}: images in [0,1], float32 [N, C, H, W] of any N, to logits; it normalises "
+        "them itself. By how much its logits differ is in `config.json`."
+        for name in config["robustness"].get("formats", {})
+    ]
+    return "\n".join(["The same network in other formats:\n", *lines]) if lines else ""
 
 
 def _classes(config: Mapping[str, Any]) -> str:

@@ -485,6 +485,14 @@ def test_code_for_other_architectures():
         compile(block, "card", "exec")
 
 
+def test_other_formats_beside_the_weights_are_told():
+    settings = config()
+    assert "other formats" not in made(config=settings)
+    settings["robustness"]["formats"] = {"onnx": {}}
+    (line,) = [line for line in made(config=settings).splitlines() if "model.onnx" in line]
+    assert line.startswith("- `model.onnx`, for ONNX Runtime: images in [0,1]")
+
+
 def test_threats_in_words():
     specs = ("L2:0.5", "L1:12", "Winf-L2:0.5", "W3-L2:0.5")
     words = {spec: card._in_words(card.ThreatModel.parse(spec)) for spec in specs}
