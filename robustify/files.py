@@ -66,7 +66,7 @@ def new_folder(path: str | Path, force: bool = False) -> Path:
         hint = f"choose a folder inside it: -o {Path(path) / 'robust'}"
         raise UserError(f"the output {path} cannot be replaced as a whole while it is in use", hint)
     if folder.is_dir() and not force and any(folder.iterdir()):
-        hint = "--force (force=True in Python) replaces its files; or name another folder"
+        hint = "--force (force=True in Python) replaces its files; or name another folder (finetune and blend: -o)"
         raise UserError(f"the output folder {path} is not empty", hint)
     parent = next(p for p in folder.parents if p.exists())
     for place in (parent, folder):
