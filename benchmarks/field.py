@@ -270,8 +270,14 @@ def run(
         "epochs": outcome.epochs if outcome else 0, "steps": outcome.steps if outcome else 0,
         "step_passes": trial.method.passes(1.2, 2.6), "train_seconds": outcome.seconds if outcome else 0.0,
         "measure_seconds": sum(row.seconds for row in report.rows), "best_epoch": outcome.best_epoch if outcome else 0,
-        "collapses": collapses, "curve": curve, "attacks": attacks,
+        "collapses": collapses, "curve": curve, "attacks": attacks, "settings": settings_of(name, given),
     }  # fmt: skip
+
+
+def settings_of(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """What the command may change from one call to the next: rows of one file have it in common."""
+    asked = {field: getattr(given, field) for field in ("images", "probe_images", "n", "steps", "targets")}
+    return {**NETWORKS[name].train, **asked, "share": given.epochs}
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -364,7 +370,10 @@ def main() -> None:
                     if given.only and trial.label not in given.only:
                         continue
                     row = {"part": part, "network": name, "label": trial.label, "threat": trial.threat, "seed": seed}
-                    if key(row) in {key(done) for done in read(path)} or (trial.epochs == 0 and seed):
+                    done = {key(one): one for one in read(path)}.get(key(row))
+                    if done and done.get("settings", settings_of(name, given)) != settings_of(name, given):
+                        raise SystemExit(f"{path} holds rows of {done['settings']}: take another -o")
+                    if done or (trial.epochs == 0 and seed):
                         continue
                     found = run(part, name, replace(trial, epochs=trial.epochs * given.epochs), seed, start, data, given)
                     append(path, found)

@@ -71,12 +71,12 @@ def go_back(
     tell(Note(said))
     if chosen.alpha == 0:
         cost = price(points)
+        beta = " or beta (method.beta)" if hasattr(recipe.method, "beta") else ""
         tell(
             Note(
                 "max_clean_drop went all the way back to the loaded weights: "
                 + ("no point of the line is" if cost is None else f"from max_clean_drop {cost:g} on a point of the line is")
-                + " more robust; a smaller radius (threat), learning rate (train.lr) or beta (method.beta) costs less clean "
-                "accuracy",
+                + f" more robust; a smaller radius (threat) or learning rate (train.lr){beta} costs less clean accuracy",
                 "warning",
             )
         )

@@ -70,7 +70,8 @@ class ThreatModel:
             return text
         found = _SPEC.match(str(text).strip())
         if not found:
-            raise UserError(f"cannot read the threat {text!r}", f"a threat reads like {EXAMPLES}")
+            meant = f"Linf:{text} names the norm, too; " if isinstance(text, float | int) else ""
+            raise UserError(f"cannot read the threat {text!r}", f"{meant}a threat reads like {EXAMPLES}")
         norm: Norm = next(n for n in NORMS if n.lower() == found["norm"].lower())
         return cls(norm, read_number(found["eps"]), float(found["p"]) if found["p"] else None)
 

@@ -29,7 +29,7 @@ from robustify.importance import MIN_DRAWS, draw, logit_slopes
 from robustify.intervals import few_images
 from robustify.methods import withstood
 from robustify.methods.base import replays
-from robustify.methods.remedies import has_fallen, is_blind, next_remedy, remedied
+from robustify.methods.remedies import has_fallen, is_blind, is_hopeless, next_remedy, remedied
 from robustify.methods.wasserstein import Wasserstein
 from robustify.metrics import Metrics
 from robustify.order import Pool, epoch_lists, interleaved, pool_lists, pool_share
@@ -48,7 +48,8 @@ class LoopState:
     """What the loop must remember to continue: saved with every checkpoint.
 
     best: held-out accuracy of the kept weights, trained_best: of the best epoch trained, aligned: its gradient alignment;
-    fallen: whether the last epoch fell from that; sums: of the epoch's losses. epoch: how many are over, with their probe.
+    fallen: whether the last epoch fell from that, or was hopeless; sums: of the epoch's losses. epoch: how many are over,
+    with their probe.
     gradient_bytes: what a process put into the exchange per step, in the last epoch whose steps are made; 0 without one.
     """
 
@@ -197,7 +198,7 @@ def train(
         # against the epochs trained: the first ones from a start that is hardly robust dip before they rise
         fell = method.adversarial and has_fallen(score, state.trained_best, s.collapse_drop, len(probe))
         alignment = _alignment(setup, probe, eval_batch) if method.one_step else None
-        blind = is_blind(alignment, state.aligned)
+        blind, hopeless = is_blind(alignment, state.aligned), is_hopeless(clean, robust, alignment)
         termination.hold()
         best = not fell and (score > state.best or s.keep == "last")
         if best:
@@ -216,16 +217,16 @@ def train(
         if (slow := world.slow_process(per_epoch - done)) is not None:
             yield Note(slow, "warning")
         schedule.tell(score)
-        if fell and (blind or state.fallen):
+        if (fell and blind) or ((fell or hopeless) and state.fallen):
             remedy = next_remedy(method, s.on_collapse, state.remedies)
-            yield Collapsed(epoch + 1, robust, state.trained_best, state.best_epoch, blind, remedy)
+            yield Collapsed(epoch + 1, robust, state.trained_best, state.best_epoch, blind or hopeless, remedy)
             state.collapsed = remedy == "stop"
             if not state.collapsed:
                 state.remedies = (*state.remedies, remedy)
                 setup.method = remedied(method, state.remedies)
                 _roll_back(setup, folder)
-            fell = False  # what comes next starts from the best epoch
-        state.fallen = fell
+            fell = hopeless = False  # what comes next starts from the best epoch
+        state.fallen = fell or hopeless
         if score > state.trained_best:
             state.trained_best, state.aligned = score, alignment or 0.0
         checkpoints.save(setup, own, folder / "checkpoints", state.step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from helpers import toy_data
 from torch import nn
@@ -14,6 +15,7 @@ from robustify.distributed import make_accelerator
 from robustify.evaluation import evaluate
 from robustify.events import Collapsed, EpochEnd
 from robustify.methods import Gaat
+from robustify.methods.remedies import is_hopeless
 from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
 from robustify.step import prepare
@@ -28,8 +30,9 @@ class Waves(nn.Module):
     follows the slope uphill it lands in a trough: the waves learn to make one-step attacks look harmless, and fall to
     those of several steps. They count for a quarter, so that the pixels are learned first."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = 0.25) -> None:
         super().__init__()
+        self.share = share
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.pixels, self.waves = nn.Linear(192, 4), nn.Linear(192, 4, bias=False)
@@ -37,11 +40,11 @@ class Waves(nn.Module):
 
     def forward(self, x):
         x = x.flatten(1)
-        return self.pixels(x) + self.waves(torch.sin(1.5 * math.pi / THREAT.eps * x)) / 4
+        return self.pixels(x) + self.share * self.waves(torch.sin(1.5 * math.pi / THREAT.eps * x))
 
 
-def fitted(folder, on_collapse):
-    model = PixelModel(Waves())
+def fitted(folder, on_collapse, share=0.25):
+    model = PixelModel(Waves(share))
     plain = {"lr": 0.03, "weight_decay": 0, "schedule": "constant", "init": "reinit"}
     settings = TrainSettings(epochs=4, batch_size=32, probe_images=128, on_collapse=on_collapse, **plain)
     layers.select(model.net, "full", [])
@@ -73,3 +76,19 @@ def test_one_step_training_collapses_is_found_and_a_remedy_heals_it(tmp_path):
     assert healed.best > 0.75
     assert robust > left + 0.2
     assert epochs[4].extra["gradient_alignment"] > 0.2
+
+
+def test_one_step_that_never_works_is_found_in_the_second_epoch(tmp_path):
+    """Waves that count in full are learned at once, so robustness has nothing to fall from."""
+    ended, (collapse,), epochs, _ = fitted(tmp_path / "stop", "stop", share=1)
+    assert ended.collapsed
+    assert (collapse.epoch, collapse.overfitted) == (2, True)
+    assert all(epoch.robust < epoch.clean / 10 and epoch.extra["gradient_alignment"] < 0.5 for epoch in epochs[1:])
+
+
+@pytest.mark.parametrize(
+    ("clean", "robust", "alignment", "said"),
+    [(0.5, 0.04, 0.3, True), (0.5, 0.06, 0.3, False), (0.5, 0.04, 0.6, False), (0.5, 0.0, None, False)],
+)
+def test_hopeless_is_robustness_lost_with_gradients_not_aligned(clean, robust, alignment, said):
+    assert is_hopeless(clean, robust, alignment) == said

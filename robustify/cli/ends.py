@@ -37,16 +37,18 @@ def code_kept() -> Iterator[None]:
     """Let one of several processes end with the block's exit code.
 
     A thread of gloo's that frees its last tensor while the interpreter shuts down aborts the process, and such threads may
-    outlive destroy_process_group. So a process of several ends after the last exit handler, without that shutdown.
+    outlive destroy_process_group. So a process of several ends after the exit handlers registered within the block, without
+    that shutdown.
     """
     code = 1  # of a bug, whose traceback is printed before the exit handlers run
 
     def leave() -> None:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            console.flush()
             sys.stderr.flush()
             os._exit(code)
 
-    atexit.register(leave)  # before all others, so that it is called last
+    atexit.register(leave)  # before those of the libraries, so that it is called after them
     try:
         yield
     except SystemExit as ended:

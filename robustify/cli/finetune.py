@@ -135,7 +135,8 @@ def run(
         console.note(resolved.note)
     with ends.explained(CHECKPOINT, lambda: again), console.Watch() as watch:
         result = pipeline.finetune(resolved.recipe, folder, resume=resume, force=force, command=command, listener=watch)
-    _show_result(result, result.folder or folder, arguments, as_json)
+    if console.is_main():  # another machine has no such folder
+        _show_result(result, result.folder or folder, arguments, as_json)
 
 
 def default_name(source: str, method: str) -> str:

@@ -32,6 +32,13 @@ def is_blind(alignment: float | None, before: float) -> bool:
     return alignment is not None and alignment < before / 2
 
 
+def is_hopeless(clean: float, robust: float, alignment: float | None) -> bool:
+    """Whether a one-step method has nothing to fall from: a tenth of what it gets right withstands PGD, or less, while its
+    gradients are not aligned (a cosine below 0.5; 0.85 and more in every run that worked). At a large eps one step may
+    overfit within the first epoch. A start that is not robust yet looks the same, so it is a collapse in two epochs only."""
+    return alignment is not None and alignment < 0.5 and robust < clean / 10
+
+
 def next_remedy(method: Method | OwnStep, wanted: Remedy | None, tried: Sequence[str]) -> Remedy:
     """The remedy to take now: `wanted`, or the next of LADDER that suits the method and has not been tried.
 

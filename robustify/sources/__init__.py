@@ -15,11 +15,13 @@ Importing this imports none of timm, robustbench and torchvision; loading does.
 """
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from robustify.errors import UserError, nearest
 from robustify.pixels import PixelModel
@@ -123,8 +125,13 @@ def weights_in(folder: str | Path, source: str, num_classes: int | None = None) 
         return str(folder)
     name, told = split(source)
     args = {**told.get("args", {}), **({} if num_classes is None else {"num_classes": num_classes})}
-    words = [f"arch={told.get('arch', name)}", *(f"{key}={json.dumps(value)}" for key, value in args.items())]
+    words = [f"arch={told.get('arch', name)}", *(f"{key}={_as_typed(value)}" for key, value in args.items())]
     return f"{folder}:{','.join(words)}"
+
+
+def _as_typed(value: Any) -> str:
+    """A value as the words behind a name spell it, which YAML reads."""
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
 
 
 def _resolve(

@@ -69,9 +69,10 @@ def describe(
     that, [0,1] goes in as it is. Raises UserError when the size of the images is not known, or does not fit.
     """
     cfg = usual or getattr(net, "pretrained_cfg", None) or {}
+    behind = "," if "=" in example else ":"
     if options.size is None and "input_size" not in cfg:
-        behind = "," if "=" in example else ":"
-        raise UserError(f"{base_id} does not say the size of its images", f"say it: {example}{behind}size=32")
+        hint = f"say it: {example}{behind}size=32, or with the channels {example}{behind}size=[1,28,28]"
+        raise UserError(f"{base_id} does not say the size of its images", hint)
     size: Size = options.input_size(tuple(cfg.get("input_size", (3, 0, 0))))
     mean, std = options.mean or cfg.get("mean", (0.0,)), options.std or cfg.get("std", (1.0,))
     model = PixelModel(net, mean, std).eval()
@@ -80,7 +81,8 @@ def describe(
             logits = model(torch.zeros(1, *size))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{base_id} does not take images of {size}: {reason}", f"say the size: {example}:size=32") from error
+        hint = f"say the size, with the channels: {example}{behind}size=[1,28,28]"
+        raise UserError(f"{base_id} does not take images of {size}: {reason}", hint) from error
     if logits.ndim != 2:
         hint = "it must map images [N, C, H, W] to logits [N, classes]"
         raise UserError(f"{base_id} returns a tensor of shape {tuple(logits.shape)} for one image", hint)

@@ -76,6 +76,13 @@ def test_a_run_that_gained_nothing_advises_what_may_help(tmp_path, best_epoch, r
     assert _instead(result, tmp_path, typed) == f"robustify finetune {said}"
 
 
+def test_another_machine_ends_well_without_the_runs_folder(robustify, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(pipeline, "finetune", lambda *given, **options: SimpleNamespace(folder=None))
+    ran = robustify("finetune", "quickstart", "-o", "elsewhere")
+    assert (ran.code, ran.out) == (0, "")
+
+
 def test_the_next_command_of_a_class_of_ones_own_works_as_it_is_shown(robustify, tmp_path):
     net = "nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, num_classes))"
     (tmp_path / "ownnets.py").write_text(f"from torch import nn\n\ndef make(width, num_classes=5):\n    return {net}\n")

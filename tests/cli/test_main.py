@@ -119,7 +119,7 @@ class Late:
         abort()  # as gloo does when one of its threads frees a tensor so late
 
 def text(name):
-    atexit.register(print, "handled", flush=True)
+    atexit.register(print, "handled")
     return name / 0 if {code} == 1 else real(name)
 
 sys.late, real, shelf.text = Late(), shelf.text, text

@@ -18,7 +18,8 @@ MODULE = """
 import torch
 from torch import nn
 
-def make(width=4, num_classes=3):
+def make(width=4, num_classes=3, eps=0.1, born=None):
+    assert not isinstance(eps, str)
     torch.manual_seed(0)
     pool = nn.AdaptiveAvgPool2d(1)
     return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), pool, nn.Flatten(), nn.Linear(width, num_classes))
@@ -125,6 +126,8 @@ def test_what_is_exported_of_it_loads_again(mine):
     [
         ("mynets:make:size=8", None, "out:arch=mynets:make"),
         ("mynets:make:size=8,width=5,mean=0.5", None, "out:arch=mynets:make,width=5"),
+        ("mynets:make:size=8,eps=1.0e-5,born=2020-01-01", None, "out:arch=mynets:make,eps=1.0e-05,born=2020-01-01"),
+        ("mynets:make:size=8,eps=[1, x],born=null", None, "out:arch=mynets:make,eps=[1, x],born=null"),
         ("mynets:make:size=8", 7, "out:arch=mynets:make,num_classes=7"),
         ("resnet10t:size=32", 4, "out"),
     ],
