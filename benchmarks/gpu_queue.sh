@@ -35,3 +35,16 @@ entry 9 step-cost-cosine python benchmarks/step_cost.py --model "$out/r18-trades
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 [ "$gpus" -gt 1 ] && entry 10 scaling python -m torch.distributed.run --standalone --nproc-per-node "$gpus" benchmarks/scaling.py \
   --model "$r18" --batch $((256 * gpus)) --precision bf16 --rounds 10 -o "$out/scaling"
+# the fast methods at size, the same network and epochs: one step against ten in both norms, and AccelAT against the rate it starts from
+scratch=(--model "$r18" --set model.pretrained=false --data "$data" --epochs 15 --precision bf16 --set 'eval.attacks=[clean, apgd-ce, apgd-t]' --set eval.n=2000)
+number=11
+for threat in Linf:8/255 L2:0.5; do
+  for method in fast-at pgd-at; do
+    entry $number "r18-$method-${threat%%:*}" robustify finetune "${scratch[@]}" --threat "$threat" --method "$method" --set train.lr=0.1 --set train.schedule=cyclic -o "$out/r18-$method-${threat%%:*}"
+    number=$((number + 1))
+  done
+done
+for schedule in accelat constant plateau one-cycle; do
+  entry $number "r18-$schedule" robustify finetune "${scratch[@]}" --epochs 40 --method fast-at --set train.lr=0.05 --set "train.schedule=$schedule" --set train.probe_images=2000 -o "$out/r18-$schedule"
+  number=$((number + 1))
+done
