@@ -198,7 +198,9 @@ def train(
         # against the epochs trained: the first ones from a start that is hardly robust dip before they rise
         fell = method.adversarial and has_fallen(score, state.trained_best, s.collapse_drop, len(probe))
         alignment = _alignment(setup, probe, eval_batch) if method.one_step else None
-        blind, hopeless = is_blind(alignment, state.aligned), is_hopeless(clean, robust, alignment)
+        blind, remedy = is_blind(alignment, state.aligned), next_remedy(method, s.on_collapse, state.remedies)
+        # a slow start looks the same, so nobody's training ends for it who did not ask for that
+        hopeless = is_hopeless(clean, robust, alignment) and (remedy != "stop" or s.on_collapse == "stop")
         termination.hold()
         best = not fell and (score > state.best or s.keep == "last")
         if best:
@@ -218,7 +220,6 @@ def train(
             yield Note(slow, "warning")
         schedule.tell(score)
         if (fell and blind) or ((fell or hopeless) and state.fallen):
-            remedy = next_remedy(method, s.on_collapse, state.remedies)
             yield Collapsed(epoch + 1, robust, state.trained_best, state.best_epoch, blind or hopeless, remedy)
             state.collapsed = remedy == "stop"
             if not state.collapsed:

@@ -10,11 +10,12 @@ from helpers import toy_data
 from torch import nn
 
 from robustify import layers
+from robustify import train as loop
 from robustify.data import from_tensors
 from robustify.distributed import make_accelerator
 from robustify.evaluation import evaluate
 from robustify.events import Collapsed, EpochEnd
-from robustify.methods import Gaat
+from robustify.methods import FreeAt, Gaat
 from robustify.methods.remedies import is_hopeless
 from robustify.pixels import PixelModel
 from robustify.recipe import TrainSettings
@@ -43,13 +44,13 @@ class Waves(nn.Module):
         return self.pixels(x) + self.share * self.waves(torch.sin(1.5 * math.pi / THREAT.eps * x))
 
 
-def fitted(folder, on_collapse, share=0.25):
+def fitted(folder, on_collapse, share=0.25, method=None):
     model = PixelModel(Waves(share))
     plain = {"lr": 0.03, "weight_decay": 0, "schedule": "constant", "init": "reinit"}
     settings = TrainSettings(epochs=4, batch_size=32, probe_images=128, on_collapse=on_collapse, **plain)
     layers.select(model.net, "full", [])
     data = from_tensors(toy_data(256), toy_data(128, seed=1), toy_data(64, seed=2))
-    setup = prepare(model, Gaat(h=1), THREAT, settings, make_accelerator(), "none", 256)
+    setup = prepare(model, method or Gaat(h=1), THREAT, settings, make_accelerator(), "none", 256)
     events = []
     folder.mkdir()
     outcome = follow(train(setup, data, folder), events.append)
@@ -84,6 +85,12 @@ def test_one_step_that_never_works_is_found_in_the_second_epoch(tmp_path):
     assert ended.collapsed
     assert (collapse.epoch, collapse.overfitted) == (2, True)
     assert all(epoch.robust < epoch.clean / 10 and epoch.extra["gradient_alignment"] < 0.5 for epoch in epochs[1:])
+
+
+def test_a_method_without_a_remedy_is_not_stopped_for_a_start_that_may_be_slow(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "is_hopeless", lambda clean, robust, alignment: True)
+    ended, collapses, epochs, _ = fitted(tmp_path / "free-at", None, method=FreeAt(replays=2))
+    assert (ended.collapsed, collapses, len(epochs) - 1) == (False, [], 4)
 
 
 @pytest.mark.parametrize(
