@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from robustify import sanity
-from robustify.attacks import AttackSpec, Size
+from robustify.attacks import AttackSpec
 from robustify.attacks.autoattack import check as authors_check
 from robustify.attacks.cascade import AUTHORS, Cascade, Stage
 from robustify.attacks.transfer import transfer
@@ -19,6 +19,7 @@ from robustify.distributed import World
 from robustify.distributional import Search, bought, moved_together, search, search_name
 from robustify.environment import PACKAGES, environment
 from robustify.errors import UserError
+from robustify.images import Size
 from robustify.measure import Clean, Passes, Run, Tell, counted, measure_clean, withstands
 from robustify.modes import Shadow, full_precision
 from robustify.pieces import Pieces, same_facts

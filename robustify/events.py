@@ -64,7 +64,8 @@ class EpochEnd:
 
 @dataclass(frozen=True)
 class Collapsed:
-    """Robust accuracy fell by more than the limit below its best and stayed there: the weights go back to best_epoch's.
+    """Robust accuracy fell by more than the limit below its best and stayed there, or of a one-step method was never there: the
+    weights go back to best_epoch's.
 
     overfitted: the one-step attack has gone blind, so this is catastrophic overfitting. remedy: what the training goes on
     with, or `stop`.

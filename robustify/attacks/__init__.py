@@ -20,8 +20,6 @@ from robustify.errors import UserError, nearest
 from robustify.losses import LOSSES
 from robustify.threat import ThreatModel
 
-Size = tuple[int, int]
-
 
 @dataclass(frozen=True)
 class AttackInfo:
@@ -37,7 +35,7 @@ class AttackInfo:
     distributional: bool = False
     norms: tuple[str, ...] = ("Linf", "L2", "L1")
     cascade: Callable[..., Cascade] | None = None
-    fits: Callable[[ThreatModel, Size], None] | None = None
+    fits: Callable[[ThreatModel, tuple[int, int]], None] | None = None
 
 
 _CROCE = "Croce and Hein 2020, arXiv 2003.01690"
@@ -118,7 +116,7 @@ class AttackSpec:
             return threat if threat.distributional else ThreatModel(threat.norm, threat.eps, 2.0)
         return threat.pointwise()
 
-    def check(self, threat: ThreatModel, size: Size | None = None) -> None:
+    def check(self, threat: ThreatModel, size: tuple[int, int] | None = None) -> None:
         """Raise UserError when the attack cannot attack under this threat, images of (height, width) where that is known."""
         if threat.norm not in self.info.norms:
             raise UserError(

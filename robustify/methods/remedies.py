@@ -34,8 +34,9 @@ def is_blind(alignment: float | None, before: float) -> bool:
 
 def is_hopeless(clean: float, robust: float, alignment: float | None) -> bool:
     """Whether a one-step method has nothing to fall from: a tenth of what it gets right withstands PGD, or less, while its
-    gradients are not aligned (a cosine below 0.5; 0.85 and more in every run that worked). At a large eps one step may
-    overfit within the first epoch. A start that is not robust yet looks the same, so it is a collapse in two epochs only."""
+    gradients are not aligned (a cosine below 0.5; 0.75 and more in every other run of docs/field-results.md). At a large eps
+    one step may overfit within the first epoch. A start that is not robust yet looks the same, so it is a collapse in two
+    epochs only."""
     return alignment is not None and alignment < 0.5 and robust < clean / 10
 
 
