@@ -126,7 +126,9 @@ def relaunch(layout: Layout, arguments: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "robustify", *arguments)
     except ChildFailedError as error:
-        return _exit_code(*error.get_first_failure())
+        # one that was ended by a signal is why the others ended, even if they were seen first
+        killed = next((failed for failed in error.failures.items() if failed[1].exitcode < 0), None)
+        return _exit_code(*(killed or error.get_first_failure()))
     except SignalException as stopped:
         return PREEMPTED if stopped.sigval == signal.SIGTERM else 128 + stopped.sigval
     except (DistError, RendezvousError) as error:

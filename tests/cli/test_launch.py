@@ -9,8 +9,9 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from robustify import shelf
+from robustify import launch, shelf
 from robustify.distributed import choose_interface, make_accelerator
 from robustify.errors import UserError
 from robustify.launch import Layout, read_config, relaunch
@@ -125,3 +126,14 @@ def test_a_plan_of_what_fsdp2_cannot_do_is_refused(robustify, tmp_path, tiny):
     ran = robustify("finetune", *tiny, "--layers", "last", "--accelerate-config", "machine.yaml", "--dry-run")
     assert ran.code == 2
     assert "train.layers last" in ran.err
+
+
+def test_a_process_ended_by_a_signal_is_the_reason_whoever_ended_first(monkeypatch):
+    failures = {rank: ProcessFailure(rank, 1, code, "none") for rank, code in ((0, 3), (1, -9))}
+
+    def failed(*_):
+        raise ChildFailedError("robustify", failures)
+
+    monkeypatch.setattr(launch, "elastic_launch", lambda *_: failed)
+    with pytest.raises(UserError, match="process 1 was ended by SIGKILL"):
+        relaunch(Layout(1, cpu=True), ["finetune"])
