@@ -61,14 +61,14 @@ def run(
     submission = _submission(robustbench, report, paper, half)
     recipe = evaluate.recipe_of(source)
     with console.Watch() as watch:
-        images = None
+        images, random_instead = None, ""
         if formats or half:
             try:
                 _, images = evaluate.load(source, data, recipe, models_dir, allow_pickle, None, watch)
             except UserError as error:
                 if half or data:
                     raise
-                console.note(f"{error.message}: the formats are compared on random images; --data names better ones")
+                random_instead = f"{error.message}: the formats were compared on random images; --data names better ones"
         target = api.export(
             source,
             folder,
@@ -82,6 +82,8 @@ def run(
             beside=submission,
             listener=watch,
         )
+    if random_instead:
+        console.note(random_instead)
     following = shlex.join(["robustify", "evaluate", weights_in(folder, source), *_data_flag(recipe, data, target)])
     found = compare(load_pair(target / HALF))[0] if half else None
     if as_json:

@@ -15,29 +15,20 @@ Importing this imports none of timm, robustbench and torchvision; loading does.
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from robustify.errors import UserError, nearest
 from robustify.pixels import PixelModel
 from robustify.sources import bare, local, published, python, robustbench, timm, torchvision
 from robustify.sources.checkpoint import Checkpoint
+from robustify.sources.naming import SOURCES, names_code, weights_in
 from robustify.sources.options import Options, split
 
-__all__ = ["SOURCES", "Checkpoint", "ModelInfo", "check", "load", "names"]
+__all__ = ["SOURCES", "Checkpoint", "ModelInfo", "check", "load", "names", "names_code", "weights_in"]
 
-SOURCES = {
-    "local-dir": "a folder with config.json and model.safetensors",
-    "robustbench": "RobustBench's models",
-    "timm": "timm's models",
-    "hf-hub": "folders of the Hugging Face hub, in timm's layout or that of transformers",
-    "torchvision": "torchvision's classifiers",
-}
 DIGITS = "digits"
 
 
@@ -107,31 +98,6 @@ def _is_bare(name: str, told: Mapping[str, Any]) -> bool:
     """Whether this is a weight file without its network. told: the words behind the name."""
     path = _path(name)
     return told.get("arch") is not None or (bare.is_file(path) and not local.is_model(path))
-
-
-def names_code(source: str) -> bool:
-    """Return whether loading `source` would import a function of the user's own. Raises UserError."""
-    name, told = split(source)
-    return python.is_name(told.get("arch", "")) or (name.partition(":")[0] not in SOURCES and python.is_name(name))
-
-
-def weights_in(folder: str | Path, source: str, num_classes: int | None = None) -> str:
-    """Return the source that loads a folder with newer weights of the network that `source` names.
-
-    It is the folder alone, but for a network that a function of the user's own builds: no file names that. num_classes: of
-    the new classifier that `source` was loaded with, if any.
-    """
-    if not names_code(source):
-        return str(folder)
-    name, told = split(source)
-    args = {**told.get("args", {}), **({} if num_classes is None else {"num_classes": num_classes})}
-    words = [f"arch={told.get('arch', name)}", *(f"{key}={_as_typed(value)}" for key, value in args.items())]
-    return f"{folder}:{','.join(words)}"
-
-
-def _as_typed(value: Any) -> str:
-    """A value as the words behind a name spell it, which YAML reads."""
-    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
 
 
 def _resolve(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ def is_file(path: Path) -> bool:
 def load(path: Path, options: Options) -> Checkpoint:
     """Return the network `options.arch` with the file's weights. Raises UserError.
 
-    arch: a name timm knows, so also torchvision_resnet50 and those of RobustBench's networks; or module:function. The
-    number of classes is the file's; another `num_classes` puts a new classifier in.
+    arch: a name timm knows, so also torchvision_resnet50 and those of RobustBench's networks; or module:function, with its
+    arguments. The number of classes is the file's, of a function's network the function's or its argument num_classes;
+    another `num_classes` puts a new classifier in.
     """
     path = path.expanduser()
     base_id = local.called(path) if path.is_dir() else path.name
@@ -41,9 +43,11 @@ def load(path: Path, options: Options) -> Checkpoint:
         hint = f"say it: {path}:arch=resnet18, a name timm knows, or {path}:arch=module:function of your own"
         raise UserError(f"{path} holds {len(state)} tensors, but not the network that they belong to", hint)
     if python.is_name(options.arch):
-        net = python.build(options.arch, options)
+        net, classes = python.build(options.arch, options.args)
+        checkpoint = python.describe(net, base_id, options, f"{path}:arch={options.arch}", cfg or None)
+        checkpoint = replace(python.with_classes(checkpoint, classes), pretrained=options.pretrained, replaced=None)
         weights.fill(net, weights.named_for(net, state), path, options.arch)
-        return python.describe(net, base_id, options, f"{path}:arch={options.arch}", cfg or None)
+        return python.with_classes(checkpoint, options.num_classes)
     config = {"architecture": options.arch, "pretrained_cfg": cfg, "num_classes": _classes(options.arch, state)}
     return local.assemble(config, path, options, base_id, state=state)
 

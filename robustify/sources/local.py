@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from robustify import layers
 from robustify.errors import UserError, nearest
 from robustify.pixels import PixelModel
-from robustify.sources import hub, transformers, weights
+from robustify.sources import hub, naming, transformers, weights
 from robustify.sources.checkpoint import CUSTOM, Checkpoint
 from robustify.sources.options import AS_IT_IS, Options, refuse_loading
 
@@ -38,9 +39,10 @@ def load(folder: Path, options: Options = AS_IT_IS, *, base_id: str | None = Non
         message = f"{folder / 'config.json'} names no architecture"
         raise UserError(message, 'add "architecture": "resnet18", a name timm knows')
     if config["architecture"] == CUSTOM:
+        source = naming.recorded(folder) or f"{folder}:arch=module:function"
         raise UserError(
             f"{folder} holds the weights of a class of your own, which its files cannot build",
-            f"name the function that does: {folder}:arch=module:function; in Python: net = YourNet();"
+            f"name the function that does: {shlex.quote(source)}; in Python: net = YourNet();"
             " net.load_state_dict(safetensors.torch.load_file('model.safetensors')); robustify.harden(net, ...)",
         )
     return assemble(config, folder / "config.json", options, base_id or called(folder), folder)

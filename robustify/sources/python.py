@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from robustify import layers
 from robustify.errors import UserError, nearest
 from robustify.pixels import PixelModel
 from robustify.sources.checkpoint import CUSTOM, Checkpoint
@@ -22,8 +26,10 @@ def is_name(text: str) -> bool:
     return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", text) is not None
 
 
-def build(name: str, options: Options) -> nn.Module:
-    """Call `module:function` with the options' arguments and return the network. Raises UserError.
+def build(name: str, args: Mapping[str, Any]) -> tuple[nn.Module, int | None]:
+    """Call `module:function` with the arguments and return the network. Raises UserError.
+
+    Of a function that does not take `num_classes` that argument is kept back and returned beside the network.
 
     This runs the user's code, who named it on the command line or in Python; a config.json cannot, and a recipe's file is
     refused by resolve.resolve.
@@ -41,9 +47,8 @@ def build(name: str, options: Options) -> nn.Module:
         function = getattr(function, part, None)
         if function is None:
             raise UserError(f"{module_name} has no {part!r}.{nearest(part, known)}", f"it has: {', '.join(known[:8])}")
-    args = dict(options.args)
-    if options.num_classes is not None:
-        args["num_classes"] = options.num_classes
+    args = dict(args)
+    kept_back = args.pop("num_classes", None) if not _takes(function, "num_classes") else None
     try:
         net = function(**args)
     except Exception as error:
@@ -52,12 +57,34 @@ def build(name: str, options: Options) -> nn.Module:
     if not isinstance(net, nn.Module):
         hint = "it must return an nn.Module that maps images [N, C, H, W] to logits [N, classes]"
         raise UserError(f"{name} returned a {type(net).__name__}", hint)
-    return net
+    return net, kept_back
+
+
+def _takes(function: Any, argument: str) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # not everything that can be called says what it takes
+        return True
+    return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def load(name: str, options: Options) -> Checkpoint:
-    """Return what `module:function` returns, with the weights it has. Raises UserError."""
-    return describe(build(name, options), name, options, name)
+    """Return what `module:function` returns, with the weights it has. Raises UserError.
+
+    Another number of classes goes to the function if it takes `num_classes`; else a new classifier is put in.
+    """
+    told = {} if options.num_classes is None else {"num_classes": options.num_classes}
+    net, classes = build(name, {**options.args, **told})
+    return with_classes(describe(net, name, options, name), classes)
+
+
+def with_classes(checkpoint: Checkpoint, num_classes: int | None) -> Checkpoint:
+    """Return the checkpoint with a new classifier where it has another number of classes. Raises UserError."""
+    own = checkpoint.num_classes
+    if num_classes in (None, own):
+        return checkpoint
+    layers.replace_classifier(checkpoint.model.net, checkpoint.input_size, num_classes)
+    return replace(checkpoint, num_classes=num_classes, pretrained=False, replaced=own)
 
 
 def describe(

@@ -200,6 +200,7 @@ def fill(net: nn.Module, state: dict[str, Tensor], path: Path, what: str, lenien
         cause = "none of the names match: this is the file of another architecture"
     elif shapes and not missing and not extra:
         cause = "the same architecture with another number of classes, width or input size"
+        cause += f": say it behind its name, as in arch={what},num_classes=7" if ":" in what else ""
     else:
         cause = "probably the file of another model or architecture"
     raise UserError(f"{path} does not fit {what}: {', '.join(parts)}", cause)

@@ -24,6 +24,9 @@ def make(width=4, num_classes=3, eps=0.1, born=None):
     pool = nn.AdaptiveAvgPool2d(1)
     return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), pool, nn.Flatten(), nn.Linear(width, num_classes))
 
+def plain():
+    return make()
+
 def features():
     return nn.Conv2d(3, 4, 3)
 
@@ -107,6 +110,28 @@ def test_a_function_of_ones_own(mine):
     assert checkpoint.base_id == "mynets:make"
     assert not checkpoint.model.normalises
     assert sources.load("mynets:make:size=8", num_classes=7).num_classes == 7
+
+
+def test_a_function_that_knows_no_classes_gets_a_new_classifier(mine):
+    checkpoint = sources.load("mynets:plain:size=8", num_classes=7)
+    assert (checkpoint.num_classes, checkpoint.replaced, checkpoint.pretrained) == (7, 3, False)
+    x = torch.rand(2, 3, 8, 8)
+    assert checkpoint.model(x).shape == (2, 7)
+    api.export(checkpoint, "out")
+    again = sources.load(sources.weights_in("out", "mynets:plain:size=8", 7))
+    assert (again.num_classes, again.replaced, again.pretrained) == (7, None, True)
+    assert torch.equal(again.model(x), checkpoint.model(x))
+    other = sources.load("out:arch=mynets:plain,num_classes=7", num_classes=2)
+    assert (other.num_classes, other.replaced, other.pretrained) == (2, 7, False)
+
+
+def test_the_run_of_a_function_says_how_its_folder_loads(mine):
+    api.export(sources.load("mynets:make:size=8,width=5", num_classes=7), "run/model")
+    (mine / "run" / "recipe.yaml").write_text("model: {source: 'mynets:make:size=8,width=5', num_classes: 7}")
+    with pytest.raises(UserError, match="class of your own") as error:
+        sources.load("run")
+    assert "run/model:arch=mynets:make,width=5,num_classes=7" in error.value.hint
+    assert sources.load("run/model:arch=mynets:make,width=5,num_classes=7").num_classes == 7
 
 
 def test_what_is_exported_of_it_loads_again(mine):
