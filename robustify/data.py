@@ -218,8 +218,8 @@ def _held_out(split: Split, fraction: float, seed: int, what: str) -> tuple[Spli
     """Return (what remains, what is held out). Raises UserError if either were too small to mean anything."""
     count = max(round(fraction * len(split)), FEWEST)
     if len(split) < count + FEWEST:
-        raise UserError(f"{what}: cannot hold {count} of {len(split)} training images out for validation or test",
-                        f"at least {FEWEST} must remain: give more images")
+        raise UserError(f"{what}: {len(split)} images are too few to hold {count} of them out of the training",
+                        f"at least {FEWEST} must remain: give more images, or a split of its own")
     held, rest = _sample(split.labels, count, seed)
     return subset(split, rest), subset(split, held)
 

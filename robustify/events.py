@@ -106,10 +106,13 @@ def said(event: Event) -> list[str]:
         case Collapsed():
             cause = " (catastrophic overfitting)" if event.overfitted else ""
             end = "training ends" if event.remedy == "stop" else f"training goes on with {event.remedy}"
-            return [
-                f"warning: robust accuracy collapsed in epoch {event.epoch}, from {percent(event.best)} to "
-                f"{percent(event.robust)}{cause}; back to epoch {event.best_epoch}, {end}"
-            ]
+            fell = event.robust < event.best
+            what = (
+                f"robust accuracy collapsed in epoch {event.epoch}, from {percent(event.best)} to {percent(event.robust)}"
+                if fell
+                else f"robust accuracy has come to nothing by epoch {event.epoch}: {percent(event.robust)}"
+            )
+            return [f"warning: {what}{cause}; back to epoch {event.best_epoch}, {end}"]
         case Measured(when, report):
             return [f"{when}: {text}" for text in (headlines(report), *report.notes)]
         case Exported(path):

@@ -83,7 +83,8 @@ def unknown_names(recipe: Recipe) -> list[UserError]:
 def gate(recipe: Recipe, checkpoint: Checkpoint, data: Data, world: World, tell: Listener) -> None:
     """The loaded model's clean accuracy against the published one, before anything is spent on it."""
     if not recipe.model.verify or not recipe.model.pretrained:
-        tell(Note("the model's clean accuracy is not checked against its published figure", "warning"))
+        why = "the weights are random" if not recipe.model.pretrained else "verify is off"
+        tell(Note(f"{why}: the model's clean accuracy is not checked", "warning" if recipe.model.pretrained else "info"))
         return
     n = min(VERIFY_IMAGES, len(data.test))
     report = evaluate(

@@ -28,8 +28,7 @@ Parcel = Mapping[str, Path | bytes]  # what each file on the hub is made of
 def pack(source: str | Path, repo: str) -> Parcel:
     """Return the files of a run's or a model's folder that belong on the hub, with a card that names the place there.
 
-    Raises UserError when `repo` is no OWNER/NAME, when there is no such model or no card, and when the card states no
-    license: that is asked for, never guessed.
+    Raises UserError when `repo` is no OWNER/NAME, and when there is no such model or no card.
     """
     if not HUB_ID.match(repo):
         raise UserError(f"{repo!r} is no place on the hub", "write OWNER/NAME, with your name on the hub as OWNER")
@@ -41,14 +40,18 @@ def pack(source: str | Path, repo: str) -> Parcel:
         hint = "robustify finetune measures and writes one; without it nobody knows what the model holds against"
         raise UserError(f"{source} has no card with its recipe and report", hint)
     text, _ = model_folder.card_of(folder, hub=repo)
-    head = yaml.safe_load(text.split("---\n")[1])
-    if not head.get("license"):
-        hint = f"ask its authors, then: robustify card {source} --license mit; the hub also knows the license `unknown`"
-        raise UserError("the card states no license, because the base model's is not known", hint)
     weights = [model_folder.CONFIG, model_folder.WEIGHTS, *model_folder.FORMATS.values()]
     found = {name: folder / name for name in weights if (folder / name).is_file()}
     recipe = without_home(belongings[model_folder.RECIPE].read_text(encoding="utf8"))
     return {**found, **belongings, model_folder.RECIPE: recipe.encode(), model_folder.CARD: text.encode()}
+
+
+def check_license(parcel: Parcel, source: str | Path) -> None:
+    """Raise UserError when the card of `source` states no license: that is asked for, never guessed."""
+    head = yaml.safe_load(_bytes(parcel[model_folder.CARD]).decode().split("---\n")[1])
+    if not head.get("license"):
+        hint = f"ask its authors, then: robustify card {source} --license mit; the hub also knows the license `unknown`"
+        raise UserError("the card states no license, because the base model's is not known", hint)
 
 
 def push(parcel: Parcel, repo: str, *, private: bool = False) -> str:
@@ -57,11 +60,12 @@ def push(parcel: Parcel, repo: str, *, private: bool = False) -> str:
     An older model's files there go with it. What a person put there, a LICENSE and text in the card, stays where that card
     is of the same base model, and the card here has no such text of its own.
     What an interrupted upload left on the hub, and what has not changed, is not sent again. The token is the one that
-    huggingface_hub knows; it is never shown. Raises UserError for whatever the hub or the network refuses, and when
-    `private` is asked for and the repository is public.
+    huggingface_hub knows; it is never shown. Raises UserError for a card without a license, for whatever the hub or the
+    network refuses, and when `private` is asked for and the repository is public.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
+    check_license(parcel, "RUN")
     if hub.offline():
         raise UserError(f"{repo} was not published: HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE where there is a network")
     api = HfApi(library_name="robustify")

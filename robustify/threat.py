@@ -14,7 +14,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from robustify.errors import UserError
+from robustify.errors import UserError, nearest
 from robustify.rng import Draws
 
 Norm = Literal["Linf", "L2", "L1"]
@@ -71,7 +71,10 @@ class ThreatModel:
         found = _SPEC.match(str(text).strip())
         if not found:
             meant = f"Linf:{text} names the norm, too; " if isinstance(text, float | int) else ""
-            raise UserError(f"cannot read the threat {text!r}", f"{meant}a threat reads like {EXAMPLES}")
+            name, colon, radius = str(text).partition(":")
+            close = nearest(name, [f"{order}{norm}" for norm in NORMS for order in ("", "W2-")]) if colon else ""
+            hint = f"{meant}a threat reads like {EXAMPLES}"
+            raise UserError(f"cannot read the threat {text!r}.{close.replace('?', f':{radius}?')}".removesuffix("."), hint)
         norm: Norm = next(n for n in NORMS if n.lower() == found["norm"].lower())
         return cls(norm, read_number(found["eps"]), float(found["p"]) if found["p"] else None)
 

@@ -21,49 +21,41 @@ from robustify.adversaries.budget import Budget
 from robustify.compression import attach, compression_note, gradient_bytes
 from robustify.data import Data, Split, batches, subset
 from robustify.errors import UserError
-from robustify.evaluation import evaluate, sample
+from robustify.evaluation import sample
 from robustify.events import Collapsed, EpochEnd, Event, Listener, Note, Progress, StepEnd
 from robustify.faults import Preempted, Termination
-from robustify.gradients import gradient_alignment, gradient_norms
+from robustify.gradients import gradient_norms
 from robustify.importance import MIN_DRAWS, draw, logit_slopes
 from robustify.intervals import few_images
-from robustify.methods import withstood
 from robustify.methods.base import replays
-from robustify.methods.remedies import has_fallen, is_blind, is_hopeless, next_remedy, remedied
+from robustify.methods.remedies import remedied
 from robustify.methods.wasserstein import Wasserstein
 from robustify.metrics import Metrics
 from robustify.order import Pool, epoch_lists, interleaved, pool_lists, pool_share
+from robustify.probe import Standing, accuracies, alignment, judge
 from robustify.recipe import TrainSettings
-from robustify.rng import Draws, mix
+from robustify.rng import mix
 from robustify.schedules import BY_SCORE, make_schedule
 from robustify.sensitivity import UpsilonTracker
 from robustify.step import Setup, set_train_mode, share_statistics, take_step
 
-_UPSILON, _ALIGNMENT = 13, 18  # first words of the seeds
+_UPSILON = 13  # first word of the seed
 FEW = 100  # held-out images, on which an accuracy has a standard error of up to 5 points
 
 
 @dataclass
-class LoopState:
+class LoopState(Standing):
     """What the loop must remember to continue: saved with every checkpoint.
 
-    best: held-out accuracy of the kept weights, trained_best: of the best epoch trained, aligned: its gradient alignment;
-    fallen: whether the last epoch fell from that, or was hopeless; sums: of the epoch's losses. epoch: how many are over,
-    with their probe.
+    epoch: how many are over, with their probe; sums: of the losses of the one that is not.
     gradient_bytes: what a process put into the exchange per step, in the last epoch whose steps are made; 0 without one.
     """
 
     step: int = 0
     epoch: int = 0
-    best: float = -1.0
-    trained_best: float = 0.0
-    aligned: float = 0.0
-    fallen: bool = False
-    best_epoch: int = 0
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
     gradient_bytes: float = 0.0
-    remedies: tuple[str, ...] = ()
     collapsed: bool = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,10 +111,10 @@ def train(
     state = LoopState()
     schedule = make_schedule(setup.optimizer, s.schedule, s.epochs, per_epoch, s.warmup_epochs, s.accelat)
     own = {"loop": state, "schedule": schedule}
-    probe = subset(data.val, sample(len(data.val), min(s.probe_images, len(data.val)), s.seed))
-    if len(probe) < FEW:
+    held = subset(data.val, sample(len(data.val), min(s.probe_images, len(data.val)), s.seed))
+    if len(held) < FEW:
         yield Note(
-            f"{few_images(len(probe), 'choose the best epoch and tell a collapse')}; hold out more (data.val_fraction, "
+            f"{few_images(len(held), 'choose the best epoch and tell a collapse')}; hold out more (data.val_fraction, "
             "train.probe_images; val_data, probe_images in robustify.harden)",
             "warning",
         )
@@ -143,7 +135,7 @@ def train(
         yield Note(f"resumed at step {state.step} of {steps}")
     metrics = Metrics(folder / "metrics.jsonl" if world.is_main else None, state.step if resume else None, state.epoch)
     if resume is None:
-        clean, robust, name = _probe(setup, probe, eval_batch)
+        clean, robust, name = accuracies(setup, held, eval_batch)
         if s.init == "loaded":  # a start that no epoch beats is kept
             state.best = robust if method.adversarial else clean
             _save_best(setup, folder)
@@ -193,43 +185,42 @@ def train(
         termination.release()
 
         share_statistics(setup)
-        clean, robust, name = _probe(setup, probe, eval_batch)
-        score = robust if method.adversarial else clean
-        # against the epochs trained: the first ones from a start that is hardly robust dip before they rise
-        fell = method.adversarial and has_fallen(score, state.trained_best, s.collapse_drop, len(probe))
-        alignment = _alignment(setup, probe, eval_batch) if method.one_step else None
-        blind, remedy = is_blind(alignment, state.aligned), next_remedy(method, s.on_collapse, state.remedies)
-        # a slow start looks the same, so nobody's training ends for it who did not ask for that
-        hopeless = is_hopeless(clean, robust, alignment) and (remedy != "stop" or s.on_collapse == "stop")
+        clean, robust, name = accuracies(setup, held, eval_batch)
+        aligned = alignment(setup, held, eval_batch) if method.one_step else None
+        verdict = judge(state, clean, robust, aligned, held, method, s)
         termination.hold()
-        best = not fell and (score > state.best or s.keep == "last")
-        if best:
-            state.best, state.best_epoch = score, epoch + 1
+        if verdict.best:
+            state.best, state.best_epoch = verdict.score, epoch + 1
             _save_best(setup, folder)
         means = {key: value / per_epoch for key, value in state.sums.items()}
         extra = setup.tracker.summary() if setup.tracker else {}
         if state.gradient_bytes:
             extra |= {"gradient_bytes_per_step": state.gradient_bytes}
-        if alignment is not None:
-            extra |= {"gradient_alignment": alignment}
+        if aligned is not None:
+            extra |= {"gradient_alignment": aligned}
         state.sums, state.epoch = {}, epoch + 1
-        metrics.write(step=state.step, epoch=epoch + 1, clean=clean, robust=robust, probe=name, best=best, **extra)
+        metrics.write(step=state.step, epoch=epoch + 1, clean=clean, robust=robust, probe=name, best=verdict.best, **extra)
         setup.accelerator.log({"clean": clean, "robust": robust, **extra}, step=state.step)
-        yield EpochEnd(epoch + 1, s.epochs, clean, robust, name, best, means, extra)
+        yield EpochEnd(epoch + 1, s.epochs, clean, robust, name, verdict.best, means, extra)
         if (slow := world.slow_process(per_epoch - done)) is not None:
             yield Note(slow, "warning")
-        schedule.tell(score)
-        if (fell and blind) or ((fell or hopeless) and state.fallen):
-            yield Collapsed(epoch + 1, robust, state.trained_best, state.best_epoch, blind or hopeless, remedy)
-            state.collapsed = remedy == "stop"
+        if verdict.constant:
+            yield Note(
+                f"epoch {epoch + 1} gets no more held-out images right than one class for all of them would, so its weights "
+                "are not kept; a lower learning rate may help (train.lr; lr in robustify.harden)",
+                "warning",
+            )
+        schedule.tell(verdict.score)
+        if verdict.collapsed:
+            yield Collapsed(epoch + 1, robust, state.trained_best, state.best_epoch, verdict.overfitted, verdict.remedy)
+            state.collapsed = verdict.remedy == "stop"
             if not state.collapsed:
-                state.remedies = (*state.remedies, remedy)
+                state.remedies = (*state.remedies, verdict.remedy)
                 setup.method = remedied(method, state.remedies)
                 _roll_back(setup, folder)
-            fell = hopeless = False  # what comes next starts from the best epoch
-        state.fallen = fell or hopeless
-        if score > state.trained_best:
-            state.trained_best, state.aligned = score, alignment or 0.0
+        state.fallen = verdict.fallen and not verdict.collapsed  # what comes next starts from the best epoch
+        if verdict.score > state.trained_best and not verdict.constant:
+            state.trained_best, state.aligned = verdict.score, aligned or 0.0
         checkpoints.save(setup, own, folder / "checkpoints", state.step)
         if world.any(termination.asked):
             raise Preempted(saved(state.step))
@@ -320,16 +311,6 @@ def _bytes_per_step(setup: Setup, steps: int) -> float:
     return setup.hook.payload() if setup.hook else plain
 
 
-def _probe(setup: Setup, probe: Split, batch_size: int) -> tuple[float, float, str]:
-    """Held-out (clean accuracy, robust accuracy, which probe), in full precision; of the average where there is one."""
-    model = setup.ema.module if setup.ema else setup.model
-    attack = "w-pgd:steps=20" if setup.threat.distributional else "pgd:steps=10"
-    threats = withstood(setup.method, setup.threat)
-    report = evaluate(model, probe, [attack], threats, batch_size=batch_size, world=setup.world, split_name="val")
-    worst = report.union() or report.rows[1]
-    return report.rows[0].accuracy, worst.accuracy, f"{attack} {' and '.join(threat.spec for threat in threats)}"
-
-
 def _save_best(setup: Setup, folder: Path) -> None:
     if setup.world.is_main:
         source = setup.ema.module if setup.ema else setup.model
@@ -354,21 +335,6 @@ def _roll_back(setup: Setup, folder: Path) -> None:
         setup.shards.scatter()
     if setup.shadow:
         setup.shadow.refresh()
-
-
-def _alignment(setup: Setup, probe: Split, batch_size: int) -> float:
-    """Mean cosine on the held-out images between the gradients at x and beside it: near 0, a one-step attack is blind."""
-    world, device, seed = setup.world, setup.accelerator.device, setup.settings.seed
-    lists, draws = [], []
-    for first in range(0, len(probe), batch_size):
-        whole = range(len(probe))[first : first + batch_size]
-        rows = world.rows(len(whole))
-        if whole[rows]:
-            lists.append(whole[rows])
-            draws.append(Draws(mix(seed, _ALIGNMENT, first), device, len(whole), rows.start))
-    pairs = zip(batches(probe, lists, device), draws, strict=True)
-    found = gradient_alignment(setup.model, ((x, y, own) for (x, y), own in pairs), setup.threat)
-    return float(setup.world.gather(found).nanmean())
 
 
 def _not_finite(setup: Setup, losses: dict[str, float], step: int, epoch: int) -> UserError:

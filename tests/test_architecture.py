@@ -93,7 +93,7 @@ LAYERS = [
         "plots",
         "curves",
     },
-    {"step", "checkpoints", "train", "evaluation", "measure", "pointwise", "distributional", "recheck"},
+    {"step", "checkpoints", "probe", "train", "evaluation", "measure", "pointwise", "distributional", "recheck"},
     {"inputs", "runs", "memory", "plan", "blend"},
     {"stages"},
     {"pipeline"},

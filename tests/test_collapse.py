@@ -9,8 +9,7 @@ import torch
 from helpers import toy_data
 from torch import nn
 
-from robustify import layers
-from robustify import train as loop
+from robustify import layers, probe
 from robustify.data import from_tensors
 from robustify.distributed import make_accelerator
 from robustify.evaluation import evaluate
@@ -88,7 +87,7 @@ def test_one_step_that_never_works_is_found_in_the_second_epoch(tmp_path):
 
 
 def test_a_method_without_a_remedy_is_not_stopped_for_a_start_that_may_be_slow(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "is_hopeless", lambda clean, robust, alignment: True)
+    monkeypatch.setattr(probe, "is_hopeless", lambda clean, robust, alignment: True)
     ended, collapses, epochs, _ = fitted(tmp_path / "free-at", None, method=FreeAt(replays=2))
     assert (ended.collapsed, collapses, len(epochs) - 1) == (False, [], 4)
 

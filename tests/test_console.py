@@ -85,11 +85,13 @@ def test_events_that_matter_always_show(capsys):
         watch(EpochEnd(1, 4, 0.8, 0.3, "pgd:steps=10 Linf:8/255", True))
         watch(Collapsed(3, 0.01, 0.3, 1, overfitted=True, remedy="n-fgsm"))
         watch(EpochEnd(4, 4, 0.8, 0.2, "pgd:steps=10 Linf:8/255", True))
+        watch(Collapsed(2, 0.0, 0.0, 1, overfitted=True, remedy="stop"))
     lines = capsys.readouterr().err.splitlines()
     assert lines[:3] == ["loading the model", "warning: slow", "model: tiny"]
     assert lines[3].startswith("before training: clean 90.00 %, robust 10.00 % (pgd:steps=10 Linf:8/255")
     assert lines[4].startswith("warning: robust accuracy collapsed in epoch 3, from 30.00 % to 1.00 %")
     assert lines[5] == "epoch 4/4: clean 80.00 %, robust 20.00 %, best so far"
+    assert lines[6].startswith("warning: robust accuracy has come to nothing by epoch 2: 0.00 % (catastrophic overfitting)")
 
 
 def test_a_terminal_gets_a_bar_and_lines_above_it(capsys, monkeypatch):

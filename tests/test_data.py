@@ -327,7 +327,7 @@ unit = x8.float() / 255
     (x8, torch.nn.functional.one_hot(y4), ("40x4", "argmax")),
     (x8, torch.zeros(40, dtype=torch.int64), ("belong to class 0", "two classes")),
     (x8[:0], y4[:0], ("no images",)),
-    (x8[:6], y4[:6], ("cannot hold 4 of 6",)),
+    (x8[:6], y4[:6], ("6 images are too few to hold 4 of them out",)),
     (np.array([None] * 40), y4, ("object",)),
 ])
 def test_mistakes_in_arrays(x: Any, y: Any, words: tuple[str, ...]) -> None:

@@ -58,8 +58,8 @@ def terminated_in(monkeypatch, name, call):
 @pytest.mark.parametrize(
     ("name", "call", "saved"),
     [
-        ("_probe", 2, 3),  # after the first epoch, whose steps are not made again
-        ("_probe", 3, 6),
+        ("accuracies", 2, 3),  # after the first epoch, whose steps are not made again
+        ("accuracies", 3, 6),
         ("gradient_norms", 1, 0),  # Upsilon, before the first step
         ("gradient_norms", 2, 2),  # in mid-epoch
         ("take_step", 2, 2),
@@ -85,7 +85,7 @@ def test_nothing_is_lost(tmp_path, monkeypatch, name, call, saved):
 
 
 def test_before_the_first_step_nothing_is_saved(tmp_path, monkeypatch):
-    terminated_in(monkeypatch, "_probe", 1)
+    terminated_in(monkeypatch, "accuracies", 1)
     with pytest.raises(Preempted, match="nothing is saved yet"):
         run(tmp_path)
     assert not (tmp_path / "checkpoints").exists()

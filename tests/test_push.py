@@ -15,7 +15,7 @@ from test_card import run_folder
 
 from robustify.errors import UserError
 from robustify.model_folder import write_card
-from robustify.push import pack
+from robustify.push import check_license, pack, push
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_who_may_not_write_is_told_what_to_do(hub, run):
     assert "Traceback" not in stranger.stderr
 
 
-def test_what_is_not_ready_is_refused(run, tmp_path):
+def test_what_is_not_ready_is_refused(hub, run, tmp_path):
     with pytest.raises(UserError, match="no place on the hub"):
         pack(run, "robust")
     with pytest.raises(UserError, match="not the folder of a model"):
@@ -172,5 +172,12 @@ def test_what_is_not_ready_is_refused(run, tmp_path):
         pack(run, "me/robust")
     write_card(run / "model")
     with pytest.raises(UserError, match="states no license") as caught:
-        pack(run, "me/robust")
-    assert "robustify card" in caught.value.hint
+        check_license(pack(run, "me/robust"), run)
+    assert f"robustify card {run}" in caught.value.hint
+    dry = robustify(hub, "push", run, "me/robust", "--dry-run")
+    assert dry.returncode == 2
+    assert "model.safetensors" in dry.stdout
+    assert "states no license" in dry.stderr
+    with pytest.raises(UserError, match="states no license"):
+        push(pack(run, "me/robust"), "me/robust")
+    assert hub.requests == []

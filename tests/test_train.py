@@ -305,7 +305,7 @@ def test_a_start_that_no_epoch_beats_is_kept_and_said(tmp_path, monkeypatch):
     from robustify import train as loop
 
     scores = iter([0.5, 0.0, 0.3])  # a dip in the first epoch is no collapse yet
-    monkeypatch.setattr(loop, "_probe", lambda *_: (0.9, next(scores), "probe"))
+    monkeypatch.setattr(loop, "accuracies", lambda *_: (0.9, next(scores), "probe"))
     setup = setup_for(FastAt(), epochs=2, lr=1.0, init="loaded")
     start = setup.model.net[0].weight.detach().clone()
     outcome, events = run(setup, tmp_path)
@@ -315,11 +315,24 @@ def test_a_start_that_no_epoch_beats_is_kept_and_said(tmp_path, monkeypatch):
     assert "no epoch was better" in str(events[-1])
 
 
+def test_a_network_that_knows_one_class_only_is_not_the_best(tmp_path, monkeypatch):
+    """It withstands every attack on the images of that class, and would win against a start that is not robust."""
+    from robustify import train as loop
+
+    share = float(data().val.labels.bincount().max()) / 64
+    found = iter([(0.9, 0.0), (share, share), (0.8, share / 2)])
+    monkeypatch.setattr(loop, "accuracies", lambda *_: (*next(found), "probe"))
+    outcome, events = run(setup_for(PgdAt(steps=1), init="loaded", probe_images=64), tmp_path)
+    assert [e.best for e in events if isinstance(e, EpochEnd)] == [False, False, True]
+    assert (outcome.best_epoch, outcome.best) == (2, share / 2)
+    assert any("epoch 1 gets no more held-out images right than one class" in str(e) for e in events)
+
+
 def test_a_start_whose_weights_were_drawn_anew_is_no_candidate(tmp_path, monkeypatch):
     from robustify import train as loop
 
     scores = iter([0.3, 0.2, 0.25])
-    monkeypatch.setattr(loop, "_probe", lambda *_: (0.9, next(scores), "probe"))
+    monkeypatch.setattr(loop, "accuracies", lambda *_: (0.9, next(scores), "probe"))
     outcome, _ = run(setup_for(FastAt(), init="reinit"), tmp_path)
     assert outcome.best_epoch == 2
 
@@ -376,8 +389,8 @@ def collapsing(monkeypatch, scores, aligned=None):
         last[0] = next(scores)
         return 0.9, last[0], "probe"
 
-    monkeypatch.setattr(loop, "_probe", probe)
-    monkeypatch.setattr(loop, "_alignment", lambda *_: last[0] if aligned is None else aligned)
+    monkeypatch.setattr(loop, "accuracies", probe)
+    monkeypatch.setattr(loop, "alignment", lambda *_: last[0] if aligned is None else aligned)
 
 
 def test_after_a_collapse_training_goes_on_from_the_best_weights_with_the_remedy(tmp_path, monkeypatch):

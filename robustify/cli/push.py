@@ -28,15 +28,17 @@ def run(
     robustify push runs/digits-wasserstein OWNER/NAME --dry-run
     """
     with console.status("loading torch"):
-        from robustify.push import pack, push
+        from robustify.push import check_license, pack, push
     parcel = pack(source, repo)
     sizes = {name: len(part) if isinstance(part, bytes) else part.stat().st_size for name, part in parcel.items()}
+    if dry_run and not as_json:
+        console.table([{"file": name, "bytes": f"{size:,}"} for name, size in sizes.items()])
+    check_license(parcel, source)
     url = None if dry_run else push(parcel, repo, private=private)
     if as_json:
         console.result_json({"repo": repo, "private": private, "sent": not dry_run, "url": url, "files": sizes})
         return
     if dry_run:
-        console.table([{"file": name, "bytes": f"{size:,}"} for name, size in sizes.items()])
         console.note(f"nothing was sent; without --dry-run these go to {repo}" + (", private" if private else ""))
         return
     console.result(f"published: {url}")

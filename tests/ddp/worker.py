@@ -16,10 +16,11 @@ from robustify.distributed import World, make_accelerator
 from robustify.evaluation import evaluate
 from robustify.methods import Wasserstein
 from robustify.pixels import PixelModel
+from robustify.probe import alignment
 from robustify.recipe import TrainSettings
 from robustify.step import prepare
 from robustify.threat import ThreatModel
-from robustify.train import _alignment, follow, train
+from robustify.train import follow, train
 
 
 class Recorder(Wasserstein):
@@ -85,7 +86,7 @@ def main(out: Path) -> None:
             "upsilon": setup.tracker.value,
             "perturbations": SEEN,
             "budgets": BUDGETS,
-            "alignment": _alignment(setup, subset(data.val, range(3)), 2),  # two batches, of two images and of one
+            "alignment": alignment(setup, subset(data.val, range(3)), 2),  # two batches, of two images and of one
             "digest": report.digest(),
             "tiny": tiny.digest(),
             "verdicts": {k: torch.from_numpy(v) for k, v in report.verdicts.items()},

@@ -1,0 +1,100 @@
+"""What the held-out images say of an epoch: its accuracies, whether it is the best so far, whether robustness has collapsed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from robustify.data import Split, batches
+from robustify.evaluation import evaluate
+from robustify.gradients import gradient_alignment
+from robustify.methods import withstood
+from robustify.methods.base import Method, OwnStep
+from robustify.methods.remedies import Remedy, has_fallen, is_blind, is_hopeless, next_remedy
+from robustify.recipe import TrainSettings
+from robustify.rng import Draws, mix
+from robustify.step import Setup
+
+_ALIGNMENT = 18  # first word of the seed
+
+
+@dataclass
+class Standing:
+    """What the epochs so far were worth.
+
+    best: held-out accuracy of the kept weights, trained_best: of the best epoch trained, aligned: its gradient alignment;
+    fallen: whether the last epoch fell from that, or was hopeless; remedies: taken, in order.
+    """
+
+    best: float = -1.0
+    trained_best: float = 0.0
+    aligned: float = 0.0
+    fallen: bool = False
+    best_epoch: int = 0
+    remedies: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to make of an epoch.
+
+    score: what it is judged by. best: whether its weights are kept. constant: whether it would have been, but is no better
+    than one class for all images. fallen: as in Standing. collapsed: whether robustness has; overfitted, remedy: how, and
+    what to do.
+    """
+
+    score: float
+    best: bool
+    constant: bool
+    fallen: bool
+    collapsed: bool
+    overfitted: bool
+    remedy: Remedy
+
+
+def judge(
+    so_far: Standing,
+    clean: float,
+    robust: float,
+    alignment: float | None,
+    held: Split,
+    method: Method | OwnStep,
+    s: TrainSettings,
+) -> Verdict:
+    """Judge an epoch by its accuracies in [0,1] and its gradient alignment (None: not measured) on the images `held`."""
+    score = robust if method.adversarial else clean
+    # against the epochs trained: the first ones from a start that is hardly robust dip before they rise
+    fell = method.adversarial and has_fallen(score, so_far.trained_best, s.collapse_drop, len(held))
+    blind, remedy = is_blind(alignment, so_far.aligned), next_remedy(method, s.on_collapse, so_far.remedies)
+    # a slow start looks the same, so nobody's training ends for it who did not ask for that
+    hopeless = is_hopeless(clean, robust, alignment) and (remedy != "stop" or s.on_collapse == "stop")
+    collapsed = (fell and blind) or ((fell or hopeless) and so_far.fallen)
+    better = not fell and (score > so_far.best or s.keep == "last")
+    # who always says the same withstands every attack; weights drawn anew may be no better yet
+    asked = s.keep == "last" or s.init != "loaded"
+    constant = better and not asked and clean <= float(held.labels.bincount().max()) / len(held)
+    return Verdict(score, better and not constant, constant, fell or hopeless, collapsed, blind or hopeless, remedy)
+
+
+def accuracies(setup: Setup, held: Split, batch_size: int) -> tuple[float, float, str]:
+    """Return (clean accuracy, robust accuracy, which probe) in full precision, of the average of weights if there is one."""
+    model = setup.ema.module if setup.ema else setup.model
+    attack = "w-pgd:steps=20" if setup.threat.distributional else "pgd:steps=10"
+    threats = withstood(setup.method, setup.threat)
+    report = evaluate(model, held, [attack], threats, batch_size=batch_size, world=setup.world, split_name="val")
+    worst = report.union() or report.rows[1]
+    return report.rows[0].accuracy, worst.accuracy, f"{attack} {' and '.join(threat.spec for threat in threats)}"
+
+
+def alignment(setup: Setup, held: Split, batch_size: int) -> float:
+    """Return the mean cosine between the gradients at x and beside it: near 0, a one-step attack is blind."""
+    world, device, seed = setup.world, setup.accelerator.device, setup.settings.seed
+    lists, draws = [], []
+    for first in range(0, len(held), batch_size):
+        whole = range(len(held))[first : first + batch_size]
+        rows = world.rows(len(whole))
+        if whole[rows]:
+            lists.append(whole[rows])
+            draws.append(Draws(mix(seed, _ALIGNMENT, first), device, len(whole), rows.start))
+    pairs = zip(batches(held, lists, device), draws, strict=True)
+    found = gradient_alignment(setup.model, ((x, y, own) for (x, y), own in pairs), setup.threat)
+    return float(setup.world.gather(found).nanmean())
