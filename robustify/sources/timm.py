@@ -22,6 +22,16 @@ def exists(name: str) -> bool:
     return "/" not in name and timm.is_model(name)
 
 
+def current(name: str) -> str:
+    """Return what timm calls a model now that it once called `name`, such as resnet50.tv_in1k for tv_resnet50; or `name`.
+
+    timm builds these under the older name too, but knows neither their weights nor their normalisation there.
+    """
+    from timm.models import _registry
+
+    return _registry._deprecated_models.get(name) or name
+
+
 def names() -> list[str]:
     """Return the names of timm's architectures. Imports timm."""
     import timm
@@ -40,7 +50,7 @@ def load(name: str, options: Options) -> Checkpoint:
     """Return timm's NAME or NAME.TAG. Raises UserError."""
     import timm
 
-    name = name.removeprefix("timm/")
+    name = current(name.removeprefix("timm/"))
     refuse_loading(options.args, f"timm:{name}")
     cfg = _cfg(name)
     arch = name.split(".")[0]

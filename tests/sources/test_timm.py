@@ -45,6 +45,18 @@ def test_pretrained(cached, source):
     timm.create_model(checkpoint.arch, num_classes=1000).load_state_dict(checkpoint.model.net.state_dict())
 
 
+def test_older_names_mean_the_models_of_today():
+    """timm builds them too, but has no weights under these names, and would guess their classes and normalisation."""
+    from robustify.sources import timm as source
+
+    assert source.current("tv_resnet50") == "resnet50.tv_in1k"
+    checkpoint = sources.load("vit_base_patch16_224_in21k", pretrained=False)
+    assert (checkpoint.arch, checkpoint.num_classes) == ("vit_base_patch16_224", 21843)
+    assert checkpoint.model.mean.flatten().tolist() == [0.5, 0.5, 0.5]
+    with pytest.raises(UserError, match=r"timm/resnet50\.tv_in1k"):  # it is looked for, and the tests have no network
+        sources.load("tv_resnet50")
+
+
 def test_new_classifier(cached):
     checkpoint = sources.load(NAME, num_classes=7)
     assert checkpoint.model(torch.rand(1, *checkpoint.input_size)).shape == (1, 7)
