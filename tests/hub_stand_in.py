@@ -124,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
             if content is None:
                 self._answer({}, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
             else:
-                self._answer(content, headers={"ETag": f'"{_git_oid(content)}"', "X-Repo-Commit": COMMIT})
+                self._answer(content, headers={"ETag": f'"{_oid(content, path)}"', "X-Repo-Commit": COMMIT})
         else:
             self._answer({"error": f"no such endpoint {path}"}, 404)
 

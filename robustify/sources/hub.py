@@ -7,7 +7,9 @@ is no hub.
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,26 @@ def weight_file(repo: str, filename: str | None = None) -> Path:
     """Return the weight file of a hub folder OWNER/NAME[@REVISION], safetensors where there is one. Raises UserError."""
     safe, pickled = WEIGHTS
     if filename:
-        return file(repo, filename)
-    return optional_file(repo, safe) or file(repo, pickled)
+        return _as_sent(repo, file(repo, filename))
+    return _as_sent(repo, optional_file(repo, safe) or file(repo, pickled))
+
+
+def _as_sent(repo: str, path: Path) -> Path:
+    """Return `path` if its bytes are those that the hub sent. Raises UserError.
+
+    The cache names a large file after its SHA-256; of a small one git's own sum is known, which is not looked at.
+    """
+    told = path.resolve().name
+    if re.fullmatch("[0-9a-f]{64}", told) is None:
+        return path
+    with open(path, "rb") as weights:
+        found = hashlib.file_digest(weights, "sha256").hexdigest()
+    if found == told:
+        return path
+    owner_name, _, revision = repo.partition("@")
+    at = f" --revision {revision}" if revision else ""
+    message = f"{path.name} of {repo} is damaged: its SHA-256 is {found[:12]}..., the hub's {told[:12]}..."
+    raise UserError(message, f"fetch it anew: hf download {owner_name} {path.name}{at} --force-download")
 
 
 def same_commit(repo: str, path: Path) -> str:

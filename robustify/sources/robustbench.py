@@ -24,7 +24,7 @@ from torch import nn
 from robustify import layers
 from robustify.errors import UserError
 from robustify.pixels import PixelModel
-from robustify.sources import hub, published, weights
+from robustify.sources import filetypes, hub, published, weights
 from robustify.sources.checkpoint import Checkpoint
 from robustify.sources.options import Options
 from robustify.sources.published import CLASSES, Row, arch_name, input_size, key
@@ -257,8 +257,8 @@ def _fetch(row: Row, target: Path) -> Path:
         except Exception as error:  # whatever the network does, the answer is the same
             reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
             raise UserError(f"the weights of {row['id']} could not be downloaded: {reason}", hint) from error
-        if not temporary.is_file() or not weights.whole(temporary):
-            sent = "a web page" if temporary.is_file() and weights.kind(temporary) == "html" else "no complete file"
+        if (found := filetypes.kind(temporary) if temporary.is_file() else "") not in ("torch", "safetensors"):
+            sent = "a web page" if found == "html" else "no complete file"
             raise UserError(f"the server sent {sent} instead of the weights of {row['id']}", hint)
         os.replace(temporary, target)
     return target

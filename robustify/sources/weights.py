@@ -4,10 +4,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import pickle
-import re
 import sys
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,49 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from robustify.errors import UserError
+from robustify.sources import filetypes
 
 # Where training scripts put the weights inside what they save; applied in this order. `last` stands beside `best` in
 # files that hold two models, of which RobustBench measured the last.
 WRAPPINGS = ("last", "state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
-COMPILED = {"torchscript": "TorchScript", "torch.export": "a program of torch.export", "onnx": "ONNX"}
 CONSTANTS = ("mu", "sigma", "mean", "std")  # normalisation that some architectures set themselves
-
-
-def kind(path: Path) -> str:
-    """Return what the first bytes say it is.
-
-    `safetensors`, `torch`; `torchscript`, `torch.export` and `onnx`, which hold a compiled network; `html`, `pointer`
-    (of git-lfs), `empty` or `unknown`.
-    """
-    with open(path, "rb") as file:
-        head = file.read(256)
-    if not head:
-        return "empty"
-    if head[8:9] == b"{":
-        return "safetensors"
-    if head.startswith(b"PK"):
-        return _kind_of_archive(path)
-    if head.startswith(b"\x80"):
-        return "torch"
-    if path.suffix == ".onnx" or (head[:1] == b"\x08" and b"pytorch" in head):
-        return "onnx"
-    if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<"):
-        return "html"
-    return "pointer" if head.startswith(b"version https://git-lfs") else "unknown"
-
-
-def _kind_of_archive(path: Path) -> str:
-    """What a zip archive of PyTorch holds; `torch` for a damaged one too, which reading it will tell."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name.partition("/")[2] or name for name in archive.namelist()]
-    except zipfile.BadZipFile:
-        return "torch"
-    if any(name in ("constants.pkl", "bytecode.pkl") for name in names):
-        return "torchscript"
-    exported = ("serialized_exported_program.json", "archive_format", "serialized_state_dict.pt")
-    return "torch.export" if any(name in exported or name.startswith("models/") for name in names) else "torch"
 
 
 def read(path: Path, allow_pickle: bool = False) -> dict[str, Tensor]:
@@ -66,18 +28,21 @@ def read(path: Path, allow_pickle: bool = False) -> dict[str, Tensor]:
 
     Code inside a pickle is never run unless `allow_pickle`. Raises UserError for all but a whole weight file.
     """
-    found = kind(path)
+    found = filetypes.kind(path)
     if found == "safetensors":
         return _tensors(_read_safetensors(path), path)
     if found == "torch":
         return _tensors(_read_torch(path, allow_pickle), path)
-    if found in COMPILED:
+    if found in filetypes.COMPILED:
         hint = "save its weights where its class is at hand, torch.save(net.state_dict(), FILE), and pass FILE:arch=NAME"
-        raise UserError(f"{path} is {COMPILED[found]}, a compiled network whose layers cannot be found and trained", hint)
+        form = filetypes.COMPILED[found]
+        raise UserError(f"{path} is {form}, a compiled network whose layers cannot be found and trained", hint)
     wrong = {
         "html": "is a web page, not a weight file: the server sent its confirmation or error page instead",
         "pointer": "is a git-lfs pointer, not the weight file itself: run `git lfs pull` in its folder",
         "empty": "is empty",
+        "truncated": f"({_size(path)}) is truncated: its end is missing",
+        "zeros": f"({_size(path)}) begins with zeros alone: its place was kept, but it was never fetched whole",
         "unknown": "is neither a safetensors nor a PyTorch file",
     }
     if found == "unknown":  # it may well be a good file of another kind, such as a report
@@ -101,12 +66,14 @@ def _read_torch(path: Path, allow_pickle: bool) -> Any:
     try:
         with warnings.catch_warnings(), allowed([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about old formats
+            if changed := filetypes.changed_entry(path):
+                raise ValueError(f"the checksum of {changed} does not match")
             return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
         if "unsupported" not in str(error).lower() or allow_pickle:
             raise _broken(path, error) from None
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        names = f" ({wanted[1]})" if wanted else ""
+        wanted = [name for name in filetypes.code_in(path) if name != "argparse.Namespace"]
+        names = f" ({_some(wanted)})" if wanted else ""
         hint = "loading it would run code from the file: only if you trust its author, add --allow-pickle (allow_pickle=True)"
         raise UserError(f"{path} holds more than tensors{names} and was not opened", hint) from None
     except Exception as error:  # a damaged file ends in whatever the unpickler met first
@@ -115,16 +82,12 @@ def _read_torch(path: Path, allow_pickle: bool) -> Any:
 
 def _broken(path: Path, error: Exception) -> UserError:
     reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
-    size = f"{path.stat().st_size:,} bytes"
-    return UserError(f"{path} ({size}) is truncated or damaged: {reason}", "delete it and fetch it again")
+    return UserError(f"{path} ({_size(path)}) is truncated or damaged: {reason}", "delete it and fetch it again")
 
 
-def whole(path: Path) -> bool:
-    """Return whether a downloaded file looks like a complete weight file."""
-    found = kind(path)
-    if found == "torch" and path.open("rb").read(2) == b"PK":
-        return zipfile.is_zipfile(path)  # its directory stands at the end
-    return found in ("torch", "safetensors")
+def _size(path: Path) -> str:
+    size = path.stat().st_size
+    return f"{size:,} byte{'' if size == 1 else 's'}"
 
 
 def _tensors(stored: Any, path: Path) -> dict[str, Tensor]:

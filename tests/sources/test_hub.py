@@ -56,6 +56,16 @@ def test_the_weights_are_of_the_descriptions_commit(hub):
     assert config["architecture"] == registry.DIGITS
 
 
+def test_weights_that_are_not_what_the_hub_sent_are_refused(hub):
+    path = files.weight_file("me/net")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # as long as before, and a weight like any other
+    path.resolve().write_bytes(content)
+    with pytest.raises(UserError, match=r"model.safetensors of me/net@0123\w+ is damaged: its SHA-256 is \w{12}") as error:
+        sources.load("hf-hub:me/net")
+    assert f"hf download me/net model.safetensors --revision {COMMIT} --force-download" in error.value.hint
+
+
 def test_without_a_network_the_answer_comes_at_once(hub, monkeypatch):
     sources.load("hf-hub:me/net")
     files.reach.cache_clear()  # what another process would know

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,11 @@ def test_old_format_and_safetensors(tmp_path):
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git-lfs"),
     (b"", "empty"),
     (b"hello, I am a text", "neither"),
-    (b"PK\x03\x04 and then nothing", "truncated or damaged"),
-    (b"\x80\x02}q\x00(", "truncated or damaged"),
+    (b"PK", "2 bytes. is truncated"),
+    (b"\x80", "1 byte. is truncated"),
+    (b"\0" * 1000, "begins with zeros alone"),
+    (b"PK\x03\x04 and then nothing", "truncated"),
+    (b"\x80\x02}q\x00(X\x01\x00\x00", "truncated or damaged"),
     (b"\x10\x00\x00\x00\x00\x00\x00\x00{" + b"x" * 40, "truncated or damaged"),
 ])
 def test_not_a_weight_file(tmp_path, content, said):
@@ -84,8 +88,30 @@ def test_truncated(tmp_path, save, kept):
     save({"a": torch.rand(300, 40)}, path)
     data = path.read_bytes()
     path.write_bytes(data[:int(len(data) * kept)])
+    with pytest.raises(UserError, match="is truncated"):
+        weights.read(path)
+
+
+def test_a_changed_byte_is_found_by_the_checksum(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save(state := {"a": torch.rand(300, 40)}, path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"model.pt \(.* bytes\) is truncated or damaged: the checksum of \S+/data/0 ") as error:
+        weights.read(path)
+    assert "fetch it again" in error.value.hint
+    with zipfile.ZipFile(path, "w") as archive:  # a zip that is none of torch's
+        archive.writestr("hello.txt", "x")
     with pytest.raises(UserError, match="truncated or damaged"):
         weights.read(path)
+    if hasattr(torch.serialization, "set_crc32_options"):
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save(state, path)
+        finally:
+            torch.serialization.set_crc32_options(True)
+        assert torch.equal(weights.read(path)["a"], state["a"])
 
 
 def test_a_function_that_torch_blocks_by_name_is_code_too(tmp_path):
@@ -93,11 +119,16 @@ def test_a_function_that_torch_blocks_by_name_is_code_too(tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'ran'}",)
 
-    torch.save({"state_dict": small().state_dict(), "args": Shell()}, tmp_path / "model.pt")
-    with pytest.raises(UserError, match=r"holds more than tensors \(\w+\.system\)") as error:
-        weights.read(tmp_path / "model.pt")
-    assert "--allow-pickle" in error.value.hint
-    assert not (tmp_path / "ran").exists()
+    path, stored = tmp_path / "model.pt", {"state_dict": small().state_dict(), "args": Shell()}
+    torch.save(stored, path)
+    files = [path.read_bytes(), *(pickle.dumps({"system": 1, "args": Shell()}, protocol=n) for n in (2, 4, 5))]
+    torch.save(stored, path, _use_new_zipfile_serialization=False)
+    for content in (*files, path.read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"holds more than tensors \(\w+\.system\)") as error:
+            weights.read(path)
+        assert "--allow-pickle" in error.value.hint
+        assert not (tmp_path / "ran").exists()
 
 
 def test_code_is_not_run(tmp_path):
