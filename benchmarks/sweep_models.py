@@ -186,7 +186,7 @@ def _stages(row: dict[str, Any], machine: Machine) -> None:
     checkpoint = small
     if not written:
         _awaken(checkpoint.model.net)
-    batch = 3 if side <= 64 else 2  # BatchNorm over two maps of 1x1 has no gradient; large maps need much memory
+    batch = 3 if side <= 64 else 2 if side < 256 else 1  # BatchNorm over two maps of 1x1 has no gradient
     x = torch.rand(batch, *checkpoint.input_size, generator=torch.Generator().manual_seed(0))
     model = checkpoint.model
     with borrowed(model), torch.no_grad():

@@ -257,7 +257,7 @@ def _look_at(run: Run) -> str:
     """What the checks of the model find, as JSON: [evidence, notes]."""
     ((x, y),) = run.read([np.arange(min(len(run.chosen), sanity.IMAGES))])
     with counted(run.model) as passes:
-        found = sanity.of_model(run.model, x, y, isinstance(run.model, PixelModel) and run.model.normalises)
+        found = sanity.of_model(run.model, x, y)
     found.evidence.update(passes.per_image(len(x)))
     return json.dumps([found.evidence, found.notes])
 

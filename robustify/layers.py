@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robustify.errors import UserError, nearest
+from robustify.modes import borrowed
 from robustify.rng import mix
 
 _HEADS = 8  # EfficientViM with distillation has so many
@@ -29,44 +30,47 @@ def find_classifier(net: nn.Module, x: Tensor) -> list[str]:
 
     x: a batch of images as the network takes them. Looks for the linear layer or convolution whose output
     equals the logits, perhaps averaged over positions; then for the fewest last heads of which the logits are a weighted
-    sum (two that distillation averages, EfficientViM's four); then for the last layer with as many outputs as there are
-    classes. Raises UserError when there is no such layer.
+    sum (two that distillation averages, EfficientViM's four); then for those whose every output moves the logit of its
+    class and no other (VOLO's two heads, a BatchNorm or a softmax behind). Raises UserError when there is no such layer.
     """
+    with borrowed(net), torch.no_grad():
+        logits, candidates = _outputs(net, x)
+        exact = [name for name, out in candidates if _close(out, logits)]
+        if exact:
+            return exact[-1:]
+        for count in range(1, min(len(candidates), _HEADS, logits.numel() // 2) + 1):
+            if _are_summed([out for _, out in candidates[-count:]], logits):
+                return [name for name, _ in candidates[-count:]]
+        last = dict.fromkeys(name for name, _ in candidates[-_HEADS:])
+        if last and not logits.isfinite().all():  # of a network gone wrong nothing more can be asked
+            return list(last)[-1:]
+        if own := [name for name in last if _moves_its_class_alone(net, x, logits, name)]:
+            return own
+    raise UserError(
+        f"{type(net).__name__} has no linear or convolutional layer with {logits.shape[1]} outputs at its end",
+        "name the layers to train, for instance --layers 'head*', or take --layers full (layers=... in Python)",
+    )
+
+
+def _outputs(net: nn.Module, x: Tensor) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+    """The logits, and by module name the linear layers' and convolutions' outputs with as many channels, in their order."""
     seen: list[tuple[str, Tensor]] = []
 
     def watch(name: str):
-        return lambda _, __, out: seen.append((name, out.detach()))
+        return lambda _, __, out: seen.append((name, out))
 
     hooks = [
         module.register_forward_hook(watch(name))
         for name, module in net.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
     ]
-    was_training = [m for m in net.modules() if m.training]
-    net.eval()
     try:
-        with torch.no_grad():
-            logits = net(x)
+        logits = net(x)
     finally:
         for hook in hooks:
             hook.remove()
-        for m in was_training:
-            m.training = True
-    logits = logits.detach()
     pooled = [(name, _pooled(out, logits.shape[1])) for name, out in seen if len(out) == len(logits)]
-    candidates = [(name, out) for name, out in pooled if out is not None]
-    exact = [name for name, out in candidates if _close(out, logits)]
-    if exact:
-        return exact[-1:]
-    for count in range(1, min(len(candidates), _HEADS, logits.numel() // 2) + 1):
-        if _are_summed([out for _, out in candidates[-count:]], logits):
-            return [name for name, _ in candidates[-count:]]
-    if candidates:
-        return [candidates[-1][0]]
-    raise UserError(
-        f"{type(net).__name__} has no linear or convolutional layer with {logits.shape[1]} outputs at its end",
-        "name the layers to train, for instance --layers 'head*', or take --layers full (layers=... in Python)",
-    )
+    return logits, [(name, out) for name, out in pooled if out is not None]
 
 
 @torch.no_grad()
@@ -123,6 +127,31 @@ def _are_summed(outputs: list[Tensor], logits: Tensor) -> bool:
     heads = torch.stack([out.flatten() for out in outputs], 1).double().cpu()
     wanted = logits.flatten().double().cpu()
     return _close(heads @ torch.linalg.lstsq(heads, wanted.unsqueeze(1)).solution.squeeze(1), wanted)
+
+
+def _moves_its_class_alone(net: nn.Module, x: Tensor, logits: Tensor, name: str) -> bool:
+    """Whether more of one output of this layer moves the logit of its class against all others, which keep their distances.
+
+    The first and the last class are tried.
+    """
+    classes = logits.shape[1]
+    for k in {0, classes - 1}:
+
+        def more(_: nn.Module, __: object, out: Tensor, k: int = k) -> Tensor:
+            added = torch.zeros(classes, device=out.device, dtype=out.dtype)
+            added[k] = out.std() + 1
+            axis = 2 if out.ndim == 3 and out.shape[2] == classes else 1  # tokens, else channels
+            return out + added.view([classes if i == axis else 1 for i in range(out.ndim)])
+
+        hook = net.get_submodule(name).register_forward_hook(more)
+        try:
+            change = net(x) - logits
+        finally:
+            hook.remove()
+        others = torch.cat((change[:, :k], change[:, k + 1 :]), 1)
+        if not _close(others, others[:, :1].expand_as(others)) or _close(change[:, k], others[:, 0]):
+            return False
+    return True
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

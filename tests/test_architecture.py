@@ -89,6 +89,7 @@ LAYERS = [
         "push",
         "pieces",
         "sanity",
+        "readings",
         "compare",
         "plots",
         "curves",

@@ -45,6 +45,28 @@ class Heads(nn.Module):
         return 0.2 * outs[0] + 0.5 * outs[1] + 0.3 * outs[2]
 
 
+class Auxiliary(nn.Module):
+    """The logits are a head's and, by half, the largest of the same class over all tokens, as in timm's VOLO."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.aux = nn.Linear(192, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(x.flatten(1)) + 0.5 * self.aux(x.flatten(1, 2)).max(1).values
+
+
+class Cosine(nn.Module):
+    """A classifier without a layer of torch's, behind an embedding that is as wide as there are classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.centres = nn.Linear(192, 4), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return nn.functional.normalize(self.embedding(x.flatten(1))) @ nn.functional.normalize(self.centres).T
+
+
 class NoLinear(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -54,6 +76,13 @@ class NoLinear(nn.Module):
         return -torch.cdist(x.flatten(1), self.centres)
 
 
+def shaken(norm: nn.BatchNorm1d) -> nn.BatchNorm1d:
+    with torch.no_grad():
+        for value in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+            value.uniform_(0.5, 2)
+    return norm
+
+
 @pytest.mark.parametrize(
     ("net", "wanted"),
     [
@@ -61,10 +90,13 @@ class NoLinear(nn.Module):
         (Scaled(), ["last"]),
         (Distilled(), ["head", "head_dist"]),
         (Heads(), ["heads.0", "heads.1", "heads.2"]),
+        (Auxiliary(), ["head", "aux"]),
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.LogSoftmax(1)), ["1"]),
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 4), shaken(nn.BatchNorm1d(4))), ["1"]),
         (nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), ["0"]),
         (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1), nn.Flatten()), ["1"]),
     ],
-    ids=["linear", "scaled", "distilled", "heads", "pooled after", "convolution"],
+    ids=["linear", "scaled", "distilled", "heads", "auxiliary", "softmax", "normalised", "pooled after", "convolution"],
 )
 def test_the_classifier_is_found_by_structure(net, wanted):
     net.train()
@@ -105,9 +137,10 @@ def test_a_classifier_that_others_build_on_is_not_replaced():
         layers.replace_classifier(net.eval(), (3, 8, 8), 7)
 
 
-def test_no_linear_layer_is_refused_with_what_to_do():
+@pytest.mark.parametrize("net", [NoLinear(), Cosine()], ids=["none", "an embedding only"])
+def test_no_linear_layer_is_refused_with_what_to_do(net):
     with pytest.raises(UserError, match="--layers"):
-        layers.find_classifier(NoLinear(), X)
+        layers.find_classifier(net, X)
 
 
 def test_selection():

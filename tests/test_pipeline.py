@@ -22,6 +22,7 @@ from robustify.errors import UserError
 from robustify.events import EpochEnd, Exported, Measured, Planned, StepEnd
 from robustify.memory import memory_explained
 from robustify.pipeline import finetune, harden
+from robustify.pixels import PixelModel
 from robustify.plan import plan
 from robustify.report import load_pair
 from robustify.resolve import resolve
@@ -125,6 +126,7 @@ SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
 from robustify.resolve import resolve
+from robustify.pixels import PixelModel
 from robustify.pipeline import finetune
 finetune(resolve("quickstart", {}, sys.argv[2:]).recipe, sys.argv[1])
 """
@@ -220,6 +222,24 @@ def test_a_model_that_does_not_fit_the_data_is_refused():
         harden(tiny_net(), toy_data(96), epochs=1, batch_size=16)
     with pytest.raises(UserError, match=r"classes"):
         harden(tiny_net(classes=3), toy_data(96), epochs=1, batch_size=16)
+
+
+def test_a_network_that_expects_another_normalisation_is_refused_with_the_one_it_expects():
+    """Its accuracy is far above chance as it is, so that alone would let it pass."""
+    x, y = toy_data(400)
+    net = tiny_net()
+    deviation, mean = torch.std_mean(x, (0, 2, 3))
+    right = PixelModel(net, mean.tolist(), deviation.tolist()).eval()
+    with torch.no_grad():
+        net[6].bias.sub_(right(x).mean(0))  # else it calls nearly all of them the same
+        y, plain = right(x).argmax(1), net.eval()(x).argmax(1)
+        rest = torch.arange(400) % 3 == 0  # a third is labelled as the plain reading has it
+        y = torch.where(rest, plain, y)
+    settings = {"epochs": 1, "batch_size": 16, "attacks": ["clean"], "method": "standard", "n": 16}
+    with pytest.raises(UserError, match=r"seems to expect that") as error:
+        harden(net, (x, y), **settings)
+    assert "mean=[" in error.value.hint
+    harden(net, (x, y), mean=mean.tolist(), std=deviation.tolist(), **settings)
 
 
 def test_the_class_counts_must_agree():
