@@ -170,7 +170,8 @@ def export(
     and under PGD-20 of the model's threat, and written to half.json and the card. data: as for `evaluate`.
     beside: gives more text files by name, made of the model that is exported; asked before anything is written.
     license: of the base model where it is not known. Raises UserError when the model does not survive, when `folder`
-    holds something and `force` is false, when half precision has no data, and when the disk is full.
+    holds something and `force` is false, when half precision has no data, when the files of a model's folder are of
+    several models, and when the disk is full.
     """
     if isinstance(model, Checkpoint):
         checkpoint, origin = model, None
@@ -179,11 +180,14 @@ def export(
         origin = model_folder.made(model) or model_folder.find(model) or sources.embedded().get(str(model))
     config: dict[str, Any] = {}
     head: dict[str, str] = {}
+    kept: dict[str, Path] = {}
     if origin is not None:
+        kept = model_folder.belongings(origin)
         config = json.loads((origin / CONFIG).read_text(encoding="utf8"))
         if (origin / WEIGHTS).is_file():
             with safe_open(origin / WEIGHTS, "pt") as opened:  # pyright: ignore[reportGeneralTypeIssues]
                 head = opened.metadata() or {}
+        model_folder.check_same(origin, config)
     agreed = agreed_license(checkpoint.license, license, checkpoint.base_id)
     checkpoint = dataclasses.replace(checkpoint, license=agreed)
     target = files.new_folder(folder, force)
@@ -199,8 +203,12 @@ def export(
         if half:
             rounding = _measure_rounding(checkpoint, data, min(n, len(split)), listener)
 
+    robustness = model_folder.robustness_of(config)
+    if rounded := (rounding[1].digest() if rounding else model_folder.half_digest(kept.get(model_folder.HALF))):
+        robustness["half"] = rounded
+
     def finish(stage: Path) -> None:
-        for name, path in (model_folder.belongings(origin) if origin else {}).items():
+        for name, path in kept.items():
             (stage / name).parent.mkdir(exist_ok=True)
             files.write_bytes(stage / name, path.read_bytes())
         if rounding is not None:
@@ -220,7 +228,7 @@ def export(
         half=half,
         force=force,
         class_names=config.get("label_names") or (),
-        robustness=model_folder.robustness_of(config),
+        robustness=robustness,
         finish=finish,
     )
 

@@ -22,7 +22,7 @@ from robustify.equivalents import in_timm
 from robustify.errors import UserError
 from robustify.formats import check_format, write_format
 from robustify.layers import find_classifier
-from robustify.model_folder import CONFIG, LICENSE, OURS, WEIGHTS, made_there
+from robustify.model_folder import CONFIG, LICENSE, OURS, SHA256, WEIGHTS, made_there, sha256
 from robustify.pixels import PixelModel
 from robustify.report import plain
 from robustify.sources import local
@@ -88,6 +88,7 @@ def export(
     foreign = () if made_there(target, config["robustness"]["base_model"]) else (LICENSE,)
     with files.staged_folder(target, needed=needed, drop=(*OURS, *foreign), force=force) as stage:
         _write_weights(stage / WEIGHTS, state, _head(checkpoint, metadata))
+        config["robustness"][SHA256] = sha256(stage / WEIGHTS)
         files.write_json(stage / CONFIG, config)
         _compare(original, logits, _read_back(stage, net), x)
         gaps = {name: write_format(name, original, x, stage) for name in formats}

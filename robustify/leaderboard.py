@@ -156,6 +156,8 @@ def _row_reasons(report: Report, row: Row, data: str) -> list[str]:
         reasons.append(f"the threat is {row.threat}; the leaderboard's for {data}: {', '.join(THREATS[data])}")
     if report.clean is None:
         reasons.append("the clean images were not measured")
+    if any(found.key not in report.verdicts for found in (row, report.clean) if found):
+        reasons.append("the verdicts of each image, the .npz beside the report, are missing or another report's")
     return reasons
 
 

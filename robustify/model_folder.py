@@ -5,6 +5,7 @@ A run keeps the model in model/, the recipe and the reports above it; an exporte
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -31,6 +32,7 @@ FIGURES = {  # captions, in the card's order
     "training.png": "Accuracy on the held-out images during the training",
     "gradients.png": "Images, and the loss's gradient in their pixels before and after",
 }
+SHA256 = "weights_sha256"  # in config.json: of the weights' file, as the hub shows it too
 LICENSE = "LICENSE"  # the base model's terms, put there by a person
 VERDICTS = [str(Path(name).with_suffix(".npz")) for name in (REPORT, HALF)]
 BELONGINGS = (RECIPE, REPORT, *VERDICTS, CARD, LICENSE, *FIGURES, HALF, RESULTS)  # go along wherever the model goes
@@ -97,7 +99,7 @@ def card_of(folder: Path, *, place: Path | None = None, hub: str | None = None) 
     its very weights.
 
     place: as for `write_card`. hub: OWNER/NAME, for the card that goes there. Raises UserError without a recipe and a
-    report.
+    report, and as `check_same`.
     """
     folder = folder.resolve()
     place = place or folder
@@ -106,11 +108,13 @@ def card_of(folder: Path, *, place: Path | None = None, hub: str | None = None) 
     before, after = load_pair(beside / REPORT)
     half = load_pair(folder / HALF) if (folder / HALF).is_file() else None
     command, recipe = _recipe(beside / RECIPE)
+    config = read_config(folder)
+    check_same(folder, config, beside)
     text = render(
         name=named.name,
         path=str(place.relative_to(named.parent)),
         hub=hub,
-        config=read_config(folder),
+        config=config,
         recipe=recipe,
         command=command,
         before=before,
@@ -118,9 +122,42 @@ def card_of(folder: Path, *, place: Path | None = None, hub: str | None = None) 
         half=half,
         figures={file: caption for file, caption in FIGURES.items() if (folder / file).is_file()},
     )
-    base = read_config(folder)["robustness"]["base_model"]
+    base = config["robustness"]["base_model"]
     older = _older_card(folder, place, base)
     return (update(older, text, base) if older else text), half[1] if half else after
+
+
+def check_same(folder: Path, config: Mapping[str, Any], beside: Path | None = None) -> None:
+    """Raise UserError when the weights or the reports of a model's folder are not those that its config.json names.
+
+    A figure on the card is of these very weights only as long as nobody has put another file in the place of one of them.
+    What an older config.json does not name is not asked. beside: where the report is, where the folder is still being built.
+    """
+    said, report = config.get("robustness") or {}, (beside or _beside(folder)) / REPORT
+    found: dict[str, tuple[Path, str | None]] = {}
+    if "report" in said and report.is_file():
+        found["report"] = report, load_pair(report)[1].digest()
+    if SHA256 in said and (folder / WEIGHTS).is_file():
+        found[SHA256] = folder / WEIGHTS, sha256(folder / WEIGHTS)
+        found["half"] = folder / HALF, half_digest(folder / HALF)
+    for key, (path, digest) in found.items():
+        if digest != (named := said.get(key)):
+            is_now = f"its digest is {digest[:12]}" if digest else "there is no such file"
+            raise UserError(
+                f"{path} is not the one that {folder / CONFIG} was written with: {is_now}, not {str(named)[:12]}",
+                "the figures would be another model's: put the files of one model together again, as robustify wrote them",
+            )
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def half_digest(path: Path | None) -> str | None:
+    """Return the digest of what a half.json says of the rounded weights, None when there is none."""
+    return load_pair(path)[1].digest() if path and path.is_file() else None
 
 
 def made_there(folder: Path, base: str) -> bool:
@@ -155,8 +192,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def robustness_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what a config.json says under `robustness` that is true of the model anew exported: not of its older formats."""
-    return {key: value for key, value in (config.get("robustness") or {}).items() if key != "formats"}
+    """Return what a config.json says under `robustness` that is true of the model exported anew: nothing of its files."""
+    return {key: value for key, value in (config.get("robustness") or {}).items() if key not in ("formats", SHA256, "half")}
 
 
 def _beside(folder: Path, place: Path | None = None) -> Path:

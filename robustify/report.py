@@ -217,7 +217,8 @@ class Report:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None) -> Report:
-        """Read what `to_json` and `arrays` returned. Raises UserError when it is not such a report."""
+        """Read what `to_json` and `arrays` returned. Raises UserError when it is not such a report, and when the figures
+        are not those whose digest it names, which every robustify of this format has taken alike."""
         distances = {k.removeprefix(_DISTANCE): v for k, v in (arrays or {}).items() if k.startswith(_DISTANCE)}
         verdicts = {k: v for k, v in (arrays or {}).items() if not k.startswith(_DISTANCE)}
         try:
@@ -226,9 +227,13 @@ class Report:
             rows = [_only_fields(Row, row) for row in value["rows"]]
             headlines = tuple(_only_fields(Headline, {**h, "attacks": tuple(h["attacks"])}) for h in value["headlines"])
             known = {f.name: value[f.name] for f in dataclasses.fields(cls) if f.name in value}
-            return cls(**{**known, "rows": rows, "headlines": headlines, "verdicts": verdicts, "distances": distances})
+            found = cls(**{**known, "rows": rows, "headlines": headlines, "verdicts": verdicts, "distances": distances})
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"not a report of robustify: {error}", "`robustify evaluate` writes report.json") from error
+        if (stored := value.get("digest", found.digest())) != found.digest():
+            message = f"the report of {found.model_id} was changed: its figures have the digest {found.digest()}, not {stored}"
+            raise UserError(message, "take the report as it was written, or measure anew: robustify evaluate")
+        return found
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return what is per example, as it is stored beside the JSON: verdicts by row key, and the distances."""

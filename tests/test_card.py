@@ -274,12 +274,12 @@ def python_blocks(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-def run_folder(folder: Path) -> Checkpoint:
+def run_folder(folder: Path, **robustness) -> Checkpoint:
     """A run's folder as the pipeline leaves it, but for the card."""
     net = timm.create_model("test_efficientnet", num_classes=10)
     model = PixelModel(net, (0.5,) * 3, (0.25,) * 3).eval()
     base = Checkpoint(model, "test_efficientnet", {}, 10, (3, 32, 32), "test_efficientnet")
-    export(base, base.model, folder / "model", robustness={}, metadata={}, verify_batch=torch.rand(2, 3, 32, 32))
+    export(base, base.model, folder / "model", robustness=robustness, metadata={}, verify_batch=torch.rand(2, 3, 32, 32))
     save_pair(folder / "report.json", BEFORE, AFTER)
     (folder / "recipe.yaml").write_text("# robustify finetune mine\n" + yaml.safe_dump(RECIPE))
     return base
@@ -333,7 +333,7 @@ def test_somebodys_folder_is_no_official_data_set():
 def test_what_the_hub_lists_is_of_the_rounded_weights(tmp_path):
     found = head(made(half=(AFTER, BEFORE)))["model-index"][0]["results"]
     assert found[0]["metrics"][0]["value"] == round(BEFORE.rows[0].accuracy, 4)
-    run_folder(tmp_path / "robust")
+    run_folder(tmp_path / "robust", half=BEFORE.digest())
     save_pair(tmp_path / "robust" / "model" / "half.json", AFTER, BEFORE)
     write_card(tmp_path / "robust" / "model")
     listed = yaml.safe_load((tmp_path / "robust/model/.eval_results/robustify.yaml").read_text())

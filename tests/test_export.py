@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -117,7 +118,9 @@ def test_what_the_config_says(tmp_path):
     assert config["num_classes"] == 7
     assert config["num_features"] == 512
     assert config["label_names"] == NAMES
-    assert config["robustness"] == {"base_model": "timm/resnet10t.a1_in1k", "dataset": None, "threat": "Linf:8/255"}
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    about = {"base_model": "timm/resnet10t.a1_in1k", "dataset": None, "threat": "Linf:8/255", "weights_sha256": weights}
+    assert config["robustness"] == about
     cfg = config["pretrained_cfg"]
     assert cfg["input_size"] == [3, 64, 64]
     assert (cfg["mean"], cfg["std"]) == (list(MEAN), list(STD))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import yaml
 
@@ -29,11 +30,13 @@ def report(**more) -> Report:
     """Of the full AutoAttack on CIFAR-10, but for what `more` says otherwise."""
     facts = {"n": 10_000, "threat": "Linf:8/255", "version": "standard", "data": "cifar10 (0123456789ab)", **more}
     n = facts["n"]
+    settings = {"version": facts["version"], "left": []}
     rows = [
-        Row("clean", None, n, n * 0.8492, kind="clean"),
-        Row(facts.get("attack", "autoattack"), facts["threat"], n, n * 0.5308, {"version": facts["version"], "left": []}),
+        Row("clean", None, n, round(n * 0.8492), kind="clean"),
+        Row(facts.get("attack", "autoattack"), facts["threat"], n, round(n * 0.5308), settings),
     ]
-    found = Report("m", facts["data"], facts.get("split", "test"), rows, checks=facts.get("checks", WELL))
+    held = {row.key: np.arange(n) < row.correct for row in rows}
+    found = Report("m", facts["data"], facts.get("split", "test"), rows, held, checks=facts.get("checks", WELL))
     return dataclasses.replace(found, facts={"model": MODEL, **facts.get("facts", {})})
 
 
@@ -93,6 +96,8 @@ def test_all_reasons_at_once_and_what_no_report_knows():
         entry(report(n=50, split="val"), {**PAPER, "venue": "", "authors": None}, MODEL)
     assert caught.value.message.count("\n  - ") == 3
     assert "does not say authors, venue" in caught.value.message
+    with pytest.raises(UserError, match="npz beside the report, are missing"):
+        entry(dataclasses.replace(report(), verdicts={}), PAPER, MODEL)
     with pytest.raises(UserError, match="neither true nor false"):
         entry(report(), {**PAPER, "additional_data": "no"}, MODEL)
 

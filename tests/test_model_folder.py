@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from test_card import run_folder
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_card import AFTER, BEFORE, run_folder
 
 from robustify import api
+from robustify.errors import UserError
 from robustify.model_folder import made_there, write_card
+from robustify.push import pack
+from robustify.report import save_pair
 
 
 def of(base: str, folder: Path, own: str = "") -> Path:
@@ -41,3 +47,64 @@ def test_an_export_takes_its_own_text_along_and_leaves_that_of_another_base_mode
     (folder / "config.json").unlink()  # as a run that begins anew leaves it: the card says whose it is
     assert made_there(folder, "one")
     assert not made_there(folder, "other")
+
+
+def whole(folder: Path) -> Path:
+    """A run's folder whose config.json names its report, as the pipeline writes it."""
+    run_folder(folder, report=AFTER.digest())
+    write_card(folder / "model", license="mit")
+    return folder
+
+
+def other_weights(folder: Path) -> None:
+    weights = {name: value + 1 for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def other_report(folder: Path) -> None:
+    save_pair(folder / "report.json", AFTER, BEFORE)
+
+
+def other_half(folder: Path) -> None:
+    save_pair(folder / "half.json", AFTER, BEFORE)
+
+
+@pytest.mark.parametrize("swap", [other_weights, other_report, other_half])
+@pytest.mark.parametrize("layout", ["run", "export"])
+def test_the_files_of_another_model_make_no_card(tmp_path, swap, layout):
+    run = whole(tmp_path / "run")
+    folder = run / "model" if layout == "run" else api.export(str(run), tmp_path / "exported")
+    source = run if layout == "run" else folder
+    swap(run if layout == "run" and swap is other_report else folder)
+    with pytest.raises(UserError, match=r"(safetensors|report\.json|half\.json) is not the one that .*config\.json was"):
+        write_card(folder)
+    with pytest.raises(UserError, match="is not the one"):
+        pack(source, "me/robust")
+    with pytest.raises(UserError, match="is not the one"):
+        api.export(str(source), tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_rounded_weights_go_with_their_own_report(tmp_path):
+    images = torch.rand(16, 3, 32, 32), torch.arange(16) % 10
+    half = api.export(str(whole(tmp_path / "run")), tmp_path / "half", half=True, data=images)
+    again = api.export(str(half), tmp_path / "again")
+    assert "## Half precision" in (again / "README.md").read_text()
+    (again / "half.json").unlink()
+    with pytest.raises(UserError, match=r"half\.json is not the one .*: there is no such file"):
+        write_card(again)
+
+
+def test_an_older_folder_that_names_no_digests_goes_on(tmp_path):
+    run = whole(tmp_path / "run")
+    images = torch.rand(16, 3, 32, 32), torch.arange(16) % 10
+    folder = api.export(str(run), tmp_path / "half", half=True, data=images)
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("weights_sha256", "report", "half"):
+        del config["robustness"][key]
+    (folder / "config.json").write_text(json.dumps(config))
+    write_card(folder)
+    again = api.export(str(folder), tmp_path / "again")  # names them from now on
+    said = json.loads((again / "config.json").read_text())["robustness"]
+    assert {"weights_sha256", "half"} <= said.keys()
+    write_card(again)

@@ -132,6 +132,29 @@ def test_figures_stand_without_their_verdicts(tmp_path, harm):
     assert again.digest() == report.digest()
 
 
+@pytest.mark.parametrize("verdicts", ["there", "gone"])
+@pytest.mark.parametrize("change", [{"correct": 7}, {"settings": {"steps": 1000}}])
+def test_figures_that_were_changed_are_refused(tmp_path, verdicts, change):
+    path = tmp_path / "report.json"
+    sample().save(path)
+    value = json.loads(path.read_text())
+    value["rows"][1 if "settings" in change else 3].update(change)
+    path.write_text(json.dumps(value))
+    if verdicts == "gone":
+        path.with_suffix(".npz").unlink()
+    with pytest.raises(UserError, match=f"was changed: its figures have the digest .*, not {sample().digest()}"):
+        Report.load(path)
+    reports.save_pair(path, sample(), sample())
+    pair = json.loads(path.read_text())
+    path.write_text(json.dumps({**pair, "after": value}))
+    with pytest.raises(UserError, match="was changed"):
+        reports.load_pair(path)
+    del value["digest"]  # a report without one is not refused
+    path.write_text(json.dumps(value))
+    if "settings" in change:
+        assert Report.load(path).rows[1].settings == {"steps": 1000}
+
+
 def test_pairs(tmp_path):
     before, after = sample(), dataclasses.replace(sample(), model_id="hardened", verdicts={})
     reports.save_pair(tmp_path / "report.json", before, after)
