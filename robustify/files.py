@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +84,20 @@ def staged_folder(
 
     Yields the empty folder to fill. Files of an older folder that the block did not write stay, but for those named in
     `drop`, as paths in it. When the block raises, the older folder, or none, is left as it was. Of several processes that
-    build the same folder each gets its turn, so it always is the work of one of them. needed: bytes, where known. Raises
+    build the same folder each gets its turn, so it always is the work of one of them; what a killed one left is removed by
+    the next. needed: bytes, where known. Raises
     UserError when the disk is full, and when the folder holds something by then and `force` is false.
     """
     folder = Path(path).expanduser().resolve()
     stage = _temporary(folder)
     try:
-        with _full_disk_explained(folder, needed):
+        with _full_disk_explained(folder, needed), ExitStack() as until_it_is_in_place:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(stage, ignore_errors=True)
-            stage.mkdir()
+            with _turn(folder.parent):
+                _clear_killed(folder)
+                shutil.rmtree(stage, ignore_errors=True)
+                stage.mkdir()
+                until_it_is_in_place.enter_context(_turn(stage))
             yield stage
             for file in stage.rglob("*"):
                 if file.is_file():
@@ -143,6 +148,22 @@ def _turn(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _clear_killed(folder: Path) -> None:
+    """Remove what killed processes left of this folder: a living one holds the lock of what it is building."""
+    if os.name == "nt":
+        return
+    import fcntl
+
+    for stage in folder.parent.glob(f".{glob.escape(folder.name)}.[0-9]*{_TEMPORARY}"):
+        with suppress(OSError):  # a file; gone by now; held; a file system without locks
+            handle = os.open(stage, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(stage)
+            finally:
+                os.close(handle)
 
 
 def _link_missing(old: Path, new: Path, drop: Collection[str]) -> None:

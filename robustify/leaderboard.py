@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from robustify import model_folder
 from robustify.errors import UserError
 from robustify.report import Report, Row
 from robustify.threat import ThreatModel
@@ -23,6 +24,7 @@ from robustify.threat import ThreatModel
 IMAGES = 10_000
 THREATS = {"cifar10": ("Linf:8/255", "L2:0.5"), "cifar100": ("Linf:8/255",)}
 ASKED = ("link", "name", "authors", "venue", "architecture", "additional_data", "checkpoint")  # what no report knows
+TEXTS = tuple(key for key in (*ASKED, "footnote") if key != "additional_data")
 RANDOM = 1e-6  # of the largest logit, between two passes on the same images
 ISSUE = """\
 # [New Model] $id
@@ -57,13 +59,15 @@ The forward pass is deterministic, without an optimisation loop, and its gradien
 
 
 def submission(model_id: str, report: Report, paper: Mapping[str, Any], model: str) -> dict[str, str]:
-    """Return the two files of a submission by name. Raises UserError as `entry` does, and for an ID that is no name."""
+    """Return the two files of a submission by name. Raises UserError as `entry` does, and for an ID that is no name or
+    that of one of the model's own files."""
+    example = "letters, digits, _, - and ., such as Doe2026Robust_R18"
     if not re.fullmatch(r"\w[\w.-]*", model_id):
-        raise UserError(f"{model_id!r} is no ID of a model", "letters, digits, _, - and ., such as Doe2026Robust_R18")
-    return {
-        f"{model_id}.json": to_text(entry(report, paper, model)),
-        f"{model_id}-issue.md": issue(model_id, report, paper, model),
-    }
+        raise UserError(f"{model_id!r} is no ID of a model", example)
+    name, text = f"{model_id}.json", f"{model_id}-issue.md"
+    if name.lower() in model_folder.OURS:  # some disks do not tell Config from config
+        raise UserError(f"the ID {model_id} would overwrite {name.lower()}, a file of the model itself", example)
+    return {name: to_text(entry(report, paper, model)), text: issue(model_id, report, paper, model)}
 
 
 def entry(report: Report, paper: Mapping[str, Any], model: str) -> dict[str, Any]:
@@ -87,6 +91,9 @@ def entry(report: Report, paper: Mapping[str, Any], model: str) -> dict[str, Any
         reasons.append(f"the paper's file does not say {', '.join(missing)}")
     elif not isinstance(paper["additional_data"], bool):
         reasons.append(f"additional_data is {paper['additional_data']!r}, neither true nor false")
+    for key in TEXTS:
+        if (value := paper.get(key)) not in (None, "") and not (isinstance(value, str) and len(value.splitlines()) == 1):
+            reasons.append(f"the paper's file says {key}: {value!r}, which is no line of text")
     if reasons or row is None or report.clean is None:
         hint = "robustify evaluate RUN --data cifar10 --attack autoattack --threat Linf:8/255 --n all -o report.json"
         raise UserError("RobustBench would not take this:\n" + "\n".join(f"  - {reason}" for reason in reasons), hint)
@@ -120,7 +127,8 @@ def issue(model_id: str, report: Report, paper: Mapping[str, Any], model: str) -
 
 
 def read_paper(path: Path) -> dict[str, Any]:
-    """Read what no report knows from a YAML file. Raises UserError when there is no such mapping."""
+    """Read what no report knows from a YAML file; a list of authors becomes their line. Raises UserError when there is no
+    such mapping."""
     example = "; ".join(f"{key}: ..." for key in ASKED)
     try:
         value = yaml.safe_load(path.read_text(encoding="utf8"))
@@ -130,6 +138,9 @@ def read_paper(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML: {error}", f"a YAML file with {example}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a mapping", f"a YAML file with {example}")
+    authors = value.get("authors")
+    if isinstance(authors, list) and all(isinstance(author, str) for author in authors):
+        value["authors"] = ", ".join(authors)
     return value
 
 

@@ -351,6 +351,43 @@ def test_two_processes_and_one_folder(tmp_path, force):
     assert left(tmp_path) == ["out"]
 
 
+EXPORT = """
+import sys, time
+from robustify import api
+def slow(*given):
+    print("building", flush=True)
+    time.sleep(float(sys.argv[2]))
+sys.modules["robustify.export"]._compare = slow
+api.export("digits", sys.argv[1])
+"""
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
+    """A living process keeps what it builds."""
+
+    def begun(seconds: int) -> subprocess.Popen:
+        command = [sys.executable, "-c", EXPORT, str(tmp_path / "out"), str(seconds)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "building\n"
+        return process
+
+    killed, living = begun(600), begun(600)
+    killed.kill()
+    killed.communicate()
+    stages = {f".out.{process.pid}.tmp" for process in (killed, living)}
+    assert set(left(tmp_path)) == stages
+    (tmp_path / ".out.mine.tmp").mkdir()
+    try:
+        save(custom(Tied()), tmp_path / "out")
+        assert left(tmp_path) == sorted([f".out.{living.pid}.tmp", ".out.mine.tmp", "out"])
+    finally:
+        living.kill()
+        living.communicate()
+    save(custom(Tied()), tmp_path / "out", force=True)
+    assert left(tmp_path) == [".out.mine.tmp", "out"]
+
+
 def test_what_timm_has_needs_no_robustify(tmp_path):
     """A fresh process loads the folder with timm alone and gives the same logits for the same pictures."""
     entry = "imagenet/Linf/Salman2020Do_R18"

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from robustify import api
+from robustify.cli import main
 from robustify.data import load as load_data
 from robustify.export import export
 from robustify.formats import _run_onnx, _run_pt2
@@ -40,6 +41,14 @@ def agrees(folder: Path, format: str, model: nn.Module, x: torch.Tensor) -> None
     found = RUN[format](folder / FORMATS[format], x)
     assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
     assert torch.equal(found.argmax(1), wanted.argmax(1))
+
+
+def test_an_unknown_format_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(api, "load", None)
+    monkeypatch.setattr("robustify.cli.evaluate.load", None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", "digits", str(tmp_path / "out"), "--format", "tflite"])
+    assert "unknown format 'tflite'" in capsys.readouterr().err
 
 
 def test_digits_in_every_format(tmp_path, format):

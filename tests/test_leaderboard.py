@@ -102,9 +102,21 @@ def test_all_reasons_at_once_and_what_no_report_knows():
         entry(report(), {**PAPER, "additional_data": "no"}, MODEL)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("link", 5), ("authors", ["Jane", 7]), ("checkpoint", "here\n- **Robust accuracy**: 99 %"), ("footnote", {})],
+)
+def test_what_the_paper_says_is_a_line_of_text(key, value):
+    with pytest.raises(UserError) as caught:
+        entry(report(), {**PAPER, key: value}, MODEL)
+    assert f"  - the paper's file says {key}: {value!r}, which is no line of text" in caught.value.message
+
+
 def test_the_paper_is_read_from_a_file(tmp_path):
     (tmp_path / "paper.yaml").write_text(yaml.safe_dump(PAPER))
     assert read_paper(tmp_path / "paper.yaml") == PAPER
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({**PAPER, "authors": ["Jane Doe", "John Roe"]}))
+    assert read_paper(tmp_path / "two.yaml")["authors"] == "Jane Doe, John Roe"
     (tmp_path / "list.yaml").write_text("- a\n")
     (tmp_path / "broken.yaml").write_text("a: [\n")
     for name, said in (("none.yaml", "cannot read"), ("list.yaml", "not a mapping"), ("broken.yaml", "not valid YAML")):
@@ -133,6 +145,12 @@ def test_an_export_brings_both_files_of_the_model_that_was_measured(tmp_path, mo
     assert "--half rounds the weights" in capsys.readouterr().err
     assert export("digits", *given, name="../elsewhere") == 2
     assert "no ID" in capsys.readouterr().err
+    for name in ("config", "report", "HALF"):
+        assert export("digits", *given, name=name) == 2
+        assert f"would overwrite {name.lower()}.json, a file of the model itself" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", "digits", "out", *given])
+    assert "--robustbench ID writes it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert export("digits", *given) == 0
     assert json.loads((tmp_path / "out" / "Doe2026Title.json").read_text())["autoattack_acc"] == "53.08"

@@ -54,10 +54,13 @@ def run(
     with console.status("loading torch"):
         from robustify import api, files
         from robustify.compare import compare
+        from robustify.formats import check_format
         from robustify.model_folder import HALF
         from robustify.report import load_pair
         from robustify.sources import weights_in
     files.new_folder(folder, force)
+    for name in formats or ():
+        check_format(name)
     submission = _submission(robustbench, report, paper, half)
     recipe = evaluate.recipe_of(source)
     with console.Watch() as watch:
@@ -105,6 +108,8 @@ def _submission(
     from robustify.report import Report
 
     if model_id is None:
+        if report or paper:
+            raise UserError(f"{'--report' if report else '--paper'} is for RobustBench's entry", "--robustbench ID writes it")
         return None
     if half:
         hint = "export without --half; or export with it, evaluate that folder, and export it anew with --robustbench"
