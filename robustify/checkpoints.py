@@ -38,7 +38,7 @@ def save(setup: Setup, more: dict[str, Part], folder: Path, step: int) -> None:
     if setup.world.is_main:
         state = {"parts": parts, "own": everyones}
         folder.mkdir(parents=True, exist_ok=True)
-        files.save(folder / f"step-{step:08d}.pt", lambda path: torch.save(state, path))
+        files.save(folder / f"step-{step:08d}.pt", lambda path: _write(path, state))
         for older in whole(folder)[:-1]:
             older.unlink()
     setup.world.wait()
@@ -100,6 +100,11 @@ def _buffers(setup: Setup) -> Own:
         for name, buffer in model.named_buffers()
         if buffer.is_floating_point()
     }
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    with path.open("wb") as file:  # of a file that it opens itself torch does not tell why it could not be written
+        torch.save(state, file)
 
 
 def _read(checkpoint: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from robustify import files
 from robustify.errors import UserError
 
 
@@ -48,7 +49,8 @@ def _unpack(kind: Any, root: Path) -> None:
                 shutil.move(goal, fresh / "damaged")
             os.replace(fresh / kind.base_folder, goal)
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"cannot provide {kind.filename} in {root}: {error}", remedy) from error
+        full = files.no_room(error, root)
+        raise full or UserError(f"cannot provide {kind.filename} in {root}: {error}", remedy) from error
 
 
 def _download(kind: Any, path: Path, remedy: str) -> None:

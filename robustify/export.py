@@ -3,9 +3,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import errno
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -160,13 +158,7 @@ def _write_weights(path: Path, state: dict[str, Tensor], head: dict[str, str]) -
     """Write the weights' file from where the tensors lie: as bytes, a large network's would need its memory twice."""
     path.touch()
     mode = path.stat().st_mode  # safetensors lets nobody but its owner read what it writes
-    try:
-        safetensors.torch.save_file(state, path, head)
-    except safetensors.SafetensorError as error:
-        full = re.search(rf"os error ({errno.ENOSPC}|{errno.EDQUOT})\b", str(error))
-        if full is None:
-            raise
-        raise OSError(int(full[1]), str(error)) from error
+    safetensors.torch.save_file(state, path, head)
     path.chmod(mode)
 
 

@@ -1,6 +1,6 @@
 """Files and folders that are either complete or absent: atomic writes, staged folders, outputs never overwritten.
 
-A full disk anywhere in here is the user's to mend, so it raises UserError with the bytes needed and free.
+A full disk is the user's to mend, so writing to one raises UserError with the bytes needed and free.
 """
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from typing import Any
 
 from robustify.errors import UserError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = {
+    errno.ENOSPC: "the disk of {} is full",
+    errno.EDQUOT: "your quota on the disk of {} is used up",
+    errno.EFBIG: "a file in {} may not become so large (see ulimit -f)",
+}
 _TEMPORARY = ".tmp"
 
 
@@ -45,13 +49,57 @@ def save(path: str | Path, write: Callable[[Path], object], needed: int | None =
     path = Path(path)
     temporary = _temporary(path)
     try:
-        with _full_disk_explained(path, needed):
+        with full_disk_explained(path, needed):
             write(temporary)
             _flush(temporary)
             os.replace(temporary, path)
             _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def no_room(error: BaseException, path: Path | None, needed: int | None = None, hint: str = "") -> UserError | None:
+    """Return what to tell when `error` comes of a full disk, a used-up quota or a limit on files; None when it does not.
+
+    It may be an OSError, have one among its causes, or only name its number, as libraries in Rust do. path: what was
+    written, where known. needed: bytes, where known. hint: where else it could go, if not just to any other folder.
+    """
+    number = next((number for one in _causes(error) for number in _FULL if _says(one, number)), None)
+    if number is None:
+        return None
+    hint = hint or "free some space, or choose a folder on another disk"
+    if path is None:
+        return UserError(_FULL[number].format("the output"), hint)
+    folder = next(p for p in (path, *path.absolute().parents) if p.is_dir() and p.suffix != _TEMPORARY)
+    facts = [] if needed is None else [f"{needed:,} bytes are needed"]
+    if number == errno.ENOSPC:
+        facts.append(f"{shutil.disk_usage(folder).free:,} are free")
+    said = _FULL[number].format(folder)
+    return UserError(f"{said}: {', '.join(facts)}" if facts else said, hint)
+
+
+@contextmanager
+def full_disk_explained(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Raise UserError when the block, which writes `path`, finds the disk full. needed: bytes, where known."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        full = no_room(error, path, needed)
+        if full is None:
+            raise
+        raise full from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _says(error: BaseException, number: int) -> bool:
+    return (isinstance(error, OSError) and error.errno == number) or f"(os error {number})" in str(error)
 
 
 def new_folder(path: str | Path, force: bool = False) -> Path:
@@ -91,7 +139,7 @@ def staged_folder(
     folder = Path(path).expanduser().resolve()
     stage = _temporary(folder)
     try:
-        with _full_disk_explained(folder, needed), ExitStack() as until_it_is_in_place:
+        with full_disk_explained(folder, needed), ExitStack() as until_it_is_in_place:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _turn(folder.parent):
                 _clear_killed(folder)
@@ -204,17 +252,3 @@ def _exchange(one: Path, other: Path) -> bool:
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
-
-
-@contextmanager
-def _full_disk_explained(path: Path, needed: int | None) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        folder = next(p for p in path.parents if p.exists() and p.suffix != _TEMPORARY)
-        free = shutil.disk_usage(folder).free
-        wanted = "" if needed is None else f"{needed:,} bytes are needed, "
-        message = f"the disk of {folder} is full: {wanted}{free:,} are free"
-        raise UserError(message, "free some space, or choose another disk with -o") from error

@@ -15,7 +15,7 @@ class Metrics:
     last one that was over then."""
 
     def __init__(self, path: Path | None, resumed_step: int | None, epoch: int = 0) -> None:
-        self.file = None
+        self.path, self.file = path, None
         if path is None:
             return
         if resumed_step is not None and path.exists():
@@ -28,9 +28,11 @@ class Metrics:
             self.file = open(path, "w")  # noqa: SIM115
 
     def write(self, **values: Any) -> None:
-        if self.file:
-            self.file.write(json.dumps(values) + "\n")
-            self.file.flush()
+        """Append a line. Raises UserError when the disk is full."""
+        if self.path and self.file:
+            with files.full_disk_explained(self.path):
+                self.file.write(json.dumps(values) + "\n")
+                self.file.flush()
 
     def close(self) -> None:
         if self.file:

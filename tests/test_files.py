@@ -174,6 +174,51 @@ def test_staged_folder_on_a_full_disk(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [
+    OSError(errno.EDQUOT, "Disk quota exceeded"),
+    RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),  # of a library in Rust
+    RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598"),  # of torch, with its cause
+])  # fmt: skip
+def test_a_full_disk_is_known_however_a_library_passes_it_on(tmp_path, error):
+    if "enforce" in str(error):
+        error.__context__ = OSError(errno.EFBIG, "File too large")
+    found = files.no_room(error, tmp_path / "not" / "yet" / "there")
+    assert found is not None
+    assert str(tmp_path) in found.message
+    assert found.hint == "free some space, or choose a folder on another disk"
+    assert files.no_room(OSError(errno.EACCES, "Permission denied"), tmp_path) is None
+    assert files.no_room(RuntimeError("something else"), None) is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such limit there")
+def test_a_limit_on_the_size_of_files(tmp_path):
+    import resource
+
+    import torch
+    from safetensors.torch import save_file
+
+    from robustify import checkpoints
+    from robustify.metrics import Metrics
+
+    state = {"a": torch.zeros(10_000)}
+    metrics = Metrics(tmp_path / "metrics.jsonl", None)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        for write in (
+            lambda: files.save(tmp_path / "a", lambda path: checkpoints._write(path, state)),
+            lambda: files.save(tmp_path / "a", lambda path: save_file(state, path)),
+            lambda: [metrics.write(step=step, loss=0.5) for step in range(1000)],
+        ):
+            with pytest.raises(UserError, match=f"a file in {tmp_path} may not become so large"):
+                write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names(tmp_path) == ["metrics.jsonl"]
+    Metrics(tmp_path / "metrics.jsonl", resumed_step=3).close()  # half a line at its end is no hindrance
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+
+
 def test_loads_without_torch():
     code = "import sys, robustify.files; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

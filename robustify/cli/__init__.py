@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from robustify import console
+from robustify import console, files
 from robustify.cli import (
     blend,
     card,
@@ -37,11 +37,7 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            if as_json:
-                console.result_json({"error": error.message, "hint": error.hint})
-            if not error.told:
-                console.mistake(error.message, error.hint)
-            raise typer.Exit(2) from None
+            raise _told(error, as_json) from None
         except (PermissionError, FileNotFoundError, NotADirectoryError, UnicodeDecodeError) as error:
             named = getattr(error, "filename", None) or "a file"
             reason = getattr(error, "strerror", None) or error
@@ -51,12 +47,23 @@ class Verbs(TyperGroup):
             console.note("interrupted")
             raise typer.Exit(130) from None
         except Exception as error:
+            if full := files.no_room(error, None):
+                raise _told(full, as_json) from None
             if meant := options.meant(error):
                 error.message = f"{error.message}: {meant}"  # pyright: ignore[reportAttributeAccessIssue]
                 error.possibilities = []  # pyright: ignore[reportAttributeAccessIssue]
             if as_json and not hasattr(error, "exit_code"):  # typer's own have one
                 console.result_json({"error": f"{type(error).__name__}: {error}", "hint": ""})
             raise
+
+
+def _told(error: UserError, as_json: bool) -> typer.Exit:
+    """Tell a user's mistake and return the exit that it ends in."""
+    if as_json:
+        console.result_json({"error": error.message, "hint": error.hint})
+    if not error.told:
+        console.mistake(error.message, error.hint)
+    return typer.Exit(2)
 
 
 app = typer.Typer(

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from robustify import files
 from robustify.errors import UserError
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -77,6 +78,9 @@ def optional_file(repo: str, name: str) -> Path | None:
     except Exception as error:  # offline, unreachable, not there, not allowed
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):  # a kind of the other
             return None
+        elsewhere = "free some space, or keep the hub's files on another disk: HF_HOME=FOLDER"
+        if full := files.no_room(error, Path(constants.HF_HUB_CACHE), hint=elsewhere):
+            raise full from error
         message, hint = _explain(repo, owner_name, name, error)
         raise UserError(message, hint) from error
 
@@ -130,6 +134,9 @@ def url_file(name: str, url: str) -> Path:
     try:
         return Path(download_cached_file(url, progress=False))
     except Exception as error:
+        elsewhere = "free some space, or keep torch's files on another disk: TORCH_HOME=FOLDER"
+        if full := files.no_room(error, there, hint=elsewhere):
+            raise full from error
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         hint = f"download them elsewhere and put them at {there}; {RANDOM}"
         raise UserError(f"the weights of {name} could not be fetched from {url}: {reason}", hint) from error

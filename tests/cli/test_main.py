@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -76,6 +77,17 @@ def test_a_bug_keeps_its_traceback(robustify, monkeypatch, capsys):
             robustify("ls", "recipes", *flags)
         out = capsys.readouterr().out
         assert (json.loads(out) if out else "") == said
+
+
+def test_a_full_disk_is_no_bug(robustify, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shelf, "names", full)
+    ran = robustify("ls", "recipes", "--json")
+    assert ran.code == 2
+    assert json.loads(ran.out)["error"] == "the disk of the output is full"
+    assert ran.err.startswith("error: the disk of the output is full\nhint: free some space")
 
 
 def test_an_interruption_is_one_line(robustify, monkeypatch):

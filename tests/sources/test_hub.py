@@ -1,6 +1,7 @@
 """Files of the hub, against its stand-in: asked for once, of one commit, and no waiting where there is no network."""
 from __future__ import annotations
 
+import errno
 import json
 import time
 
@@ -64,6 +65,16 @@ def test_weights_that_are_not_what_the_hub_sent_are_refused(hub):
     with pytest.raises(UserError, match=r"model.safetensors of me/net@0123\w+ is damaged: its SHA-256 is \w{12}") as error:
         sources.load("hf-hub:me/net")
     assert f"hf download me/net model.safetensors --revision {COMMIT} --force-download" in error.value.hint
+
+
+def test_a_full_disk_under_the_cache_is_called_so(hub, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", full)
+    with pytest.raises(UserError, match=r"the disk of \S+ is full: [\d,]+ are free") as error:
+        sources.load("hf-hub:me/net")
+    assert "HF_HOME=FOLDER" in error.value.hint
 
 
 def test_without_a_network_the_answer_comes_at_once(hub, monkeypatch):
