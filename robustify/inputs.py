@@ -62,6 +62,9 @@ def load_inputs(recipe: Recipe, listener: Listener) -> tuple[Checkpoint, Data]:
         limit=d.limit,
         progress=lambda done, total: listener(Progress("reading the data", done, total)),
     )
+    if m.num_classes and data.num_classes != m.num_classes:
+        message = f"--num-classes {m.num_classes}, but {d.name} has {data.num_classes} classes"
+        raise UserError(message, f"--num-classes {data.num_classes}, or leave it out where the model has as many")
     if data.num_classes != checkpoint.num_classes:
         raise counted_from_one(data.train.labels, checkpoint.num_classes) or UserError(
             f"{checkpoint.base_id} has {checkpoint.num_classes} classes, {d.name} has {data.num_classes}",

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from robustify.errors import UserError
+
 
 class PixelModel(nn.Module):
     """Puts a network behind a fixed per-channel normalisation, so that every budget is in pixel units.
@@ -33,4 +35,7 @@ class PixelModel(nn.Module):
             x = (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
         weight = next(self.net.parameters(), None)
         logits = self.net(x if weight is None else x.to(weight.dtype))
+        if not isinstance(logits, Tensor):
+            message = f"{type(self.net).__name__} returns a {type(logits).__name__}, not logits"
+            raise UserError(message, "wrap it in a module that maps images [N, C, H, W] to logits [N, classes]")
         return logits if logits.dtype == torch.float64 else logits.float()

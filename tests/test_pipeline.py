@@ -248,7 +248,7 @@ def test_the_class_counts_must_agree():
         {"model.source": "robustify_digits_cnn", "data.name": "digits"},
         ["model.num_classes=4", "model.pretrained=false"],
     ).recipe
-    with pytest.raises(UserError, match="4 classes, digits has 10"):
+    with pytest.raises(UserError, match="--num-classes 4, but digits has 10 classes"):
         plan(recipe)
 
 
@@ -362,7 +362,7 @@ def test_a_caller_who_gives_no_listener_hears_a_line_an_epoch_and_a_measurement(
         out, err = hardened()
     assert out == ""
     kinds = [line.partition(":")[0] for line in err.splitlines() if "no better than chance" not in line]
-    assert kinds == ["before", "before training", "epoch 1/2", "epoch 2/2", "after"]
+    assert kinds == ["verify is off", "before", "before training", "epoch 1/2", "epoch 2/2", "after"]
     assert hardened(listener=lambda event: None) == ("", "")
 
 

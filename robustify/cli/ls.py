@@ -65,7 +65,8 @@ def run(
         return
     if not lines:
         raise UserError(f"no {what.value} with {query!r} in the name", f"robustify ls {what.value} lists all")
-    console.table([{key.replace("_", " "): _cell(value) for key, value in line.items()} for line in lines])
+    shown = [key for key in lines[0] if any(line[key] is not None for line in lines)]  # columns that say something
+    console.table([{key.replace("_", " "): _cell(line[key]) for key in shown} for line in lines])
 
 
 def _cell(value: Any) -> str:
@@ -98,6 +99,7 @@ def _models(query: str, dataset: str | None, threat: str | None, models_dir: Pat
                 "published_robust": info.robust_acc,
                 "extra_data": info.additional_data,
                 "file_here": info.file is not None,
+                "refused": info.refused,
             }
             for info in sources.names(query, dataset, threat, models_dir)
         ]

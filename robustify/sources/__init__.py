@@ -15,6 +15,7 @@ Importing this imports none of timm, robustbench and torchvision; loading does.
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +38,7 @@ class ModelInfo:
     """A line of `robustify ls models`. Accuracies as published, in per cent; None when unknown.
 
     parameters: how many weights it has; None where only building it would tell. robust_acc: of AutoAttack, or on the
-    corrupted pictures for the threat `corruptions`. file: the weights, if here.
+    corrupted pictures for the threat `corruptions`. file: the weights, if here. refused: why it is not taken, if so.
     """
 
     id: str
@@ -50,6 +51,7 @@ class ModelInfo:
     robust_acc: float | None = None
     additional_data: bool | None = None
     file: Path | None = None
+    refused: str | None = None
 
 
 def load(
@@ -68,6 +70,8 @@ def load(
     allow_pickle:    run the code that a weight file may hold.
     """
     name, told = split(source)
+    if "://" in name:
+        raise _no_folder(name)
     options = Options(num_classes=num_classes, pretrained=pretrained, allow_pickle=allow_pickle, **told)
     if _is_bare(name, told):
         checkpoint = bare.load(_path(name), options)
@@ -153,9 +157,15 @@ def _robustbench(
 
 
 def _no_folder(source: str) -> UserError:
+    if not source:
+        return UserError("no model is named", "robustify ls models lists those of RobustBench; a folder will do as well")
     if Path(source).exists():
         hint = "a model folder holds config.json and model.safetensors, as robustify and timm write them"
         return UserError(f"{source} is no model folder: it has no config.json", hint)
+    if page := re.match(r"https?://(?:www\.)?huggingface\.co/([^/]+/[^/?#]+)", source):
+        return UserError(f"{source} is a web page", f"name the folder of the hub: hf-hub:{page[1]}")
+    if "://" in source:
+        return UserError(f"{source} is a web address", "fetch the file, and name it with its network: weights.pt:arch=resnet18")
     prefixes = ", ".join(f"{name}:" for name in SOURCES)
     hint = f"prefixes: {prefixes}; for the Hugging Face hub: hf-hub:{source.split(':')[-1]}"
     return UserError(f"there is no folder {source}", hint)
@@ -175,11 +185,11 @@ def names(
     """Return what can be loaded by name: those with `query` in their name, for that data set and threat, best first.
 
     timm's and torchvision's models are listed when the query starts with `timm:` or `torchvision:`, because importing
-    them takes seconds.
+    them takes seconds. dataset, threat: however their letters are. Raises UserError when no model is for them.
     """
     if query.startswith("timm:"):
         found = timm.pretrained_names(query.removeprefix("timm:"))
-        return [ModelInfo(id=f"timm:{name}", source="timm", architecture=name.split(".")[0]) for name in found]
+        return [ModelInfo(f"timm:{name}", "timm", architecture=name.split(".")[0], file=timm.cached(name)) for name in found]
     if query.startswith("torchvision:"):
         found = [name for name in torchvision.names() if query.removeprefix("torchvision:").lower() in name]
         return [ModelInfo(id=f"torchvision:{name}", source="torchvision", architecture=name) for name in found]
@@ -195,11 +205,23 @@ def names(
                 id=row["id"], source="robustbench", dataset=row["dataset"], threat=row["threat"],
                 architecture=row["architecture"], parameters=row.get("parameters"), clean_acc=float(row["clean_acc"]),
                 robust_acc=None if robust is None else float(robust), additional_data=row["additional_data"],
-                file=robustbench.file(row, models_dir),
+                file=robustbench.file(row, models_dir), refused=robustbench.why_refused(row),
             ))
+    dataset = _one_of("data set", dataset, [info.dataset for info in found])
+    threat = _one_of("threat", threat, [info.threat for info in found])
     wanted = [
         info for info in found
         if query.lower() in info.id.lower() and dataset in (None, info.dataset) and threat in (None, info.threat)
     ]
     places = [(info.dataset, info.threat) for info in found]
     return sorted(wanted, key=lambda info: (places.index((info.dataset, info.threat)), -(info.robust_acc or 0)))
+
+
+def _one_of(what: str, asked: str | None, known: Iterable[str | None]) -> str | None:
+    """The one of `known` that was asked for, spelled as it is there. Raises UserError."""
+    names = list(dict.fromkeys(name for name in known if name))
+    found = next((name for name in names if asked and name.lower() == asked.lower()), None)
+    if asked and found is None:
+        message = f"no model is listed for the {what} {asked!r}.{nearest(asked, names)}"
+        raise UserError(message, f"there are: {', '.join(names)}")
+    return found

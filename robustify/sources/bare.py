@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from robustify.errors import UserError
-from robustify.sources import local, python, weights
+from robustify.sources import local, published, python, weights
 from robustify.sources.checkpoint import Checkpoint
 from robustify.sources.options import Options
 
@@ -42,14 +42,24 @@ def load(path: Path, options: Options) -> Checkpoint:
     if options.arch is None:
         hint = f"say it: {path}:arch=resnet18, a name timm knows, or {path}:arch=module:function of your own"
         raise UserError(f"{path} holds {len(state)} tensors, but not the network that they belong to", hint)
-    if python.is_name(options.arch):
-        net, classes = python.build(options.arch, options.args)
-        checkpoint = python.describe(net, base_id, options, f"{path}:arch={options.arch}", cfg or None)
+    arch = _known_to_timm(options.arch)
+    if python.is_name(arch):
+        net, classes = python.build(arch, options.args)
+        checkpoint = python.describe(net, base_id, options, f"{path}:arch={arch}", cfg or None)
         checkpoint = replace(python.with_classes(checkpoint, classes), pretrained=options.pretrained, replaced=None)
-        weights.fill(net, weights.named_for(net, state), path, options.arch)
+        weights.fill(net, weights.named_for(net, state), path, arch)
         return python.with_classes(checkpoint, options.num_classes)
-    config = {"architecture": options.arch, "pretrained_cfg": cfg, "num_classes": _classes(options.arch, state)}
+    config = {"architecture": arch, "pretrained_cfg": cfg, "num_classes": _classes(arch, state)}
     return local.assemble(config, path, options, base_id, state=state)
+
+
+def _known_to_timm(arch: str) -> str:
+    """Return how timm calls what `--model` calls robustbench:NAME, torchvision:NAME or timm:NAME; other names as they are."""
+    prefix, colon, name = arch.partition(":")
+    if colon and prefix in ("timm", "torchvision"):
+        return name if prefix == "timm" else f"torchvision_{name}"
+    row = published.find(name if prefix == "robustbench" else arch, None, None, published.rows())
+    return published.arch_name(row) if row else arch
 
 
 def _classes(arch: str, state: dict[str, Tensor]) -> int:

@@ -24,18 +24,18 @@ def kind(path: Path) -> str:
         head = file.read(256)
     if not head:
         return "empty"
-    if len(head) < 8:  # nothing that is whole is so short
-        return "truncated"
     if head[8:9] == b"{":
         return "safetensors"
     if head.startswith(b"PK"):
         return _kind_of_archive(path)
-    if head.startswith(b"\x80"):
+    if head.startswith(b"\x80") and len(head) >= 8:
         return "torch"
     if path.suffix == ".onnx" or (head[:1] == b"\x08" and b"pytorch" in head):
         return "onnx"
     if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<"):
         return "html"
+    if len(head) < 8:  # no weight file that is whole is so short
+        return "truncated"
     if not any(head):
         return "zeros"
     return "pointer" if head.startswith(b"version https://git-lfs") else "unknown"

@@ -15,7 +15,7 @@ from robustify.errors import UserError, nearest
 from robustify.pixels import PixelModel
 from robustify.sources import hub, naming, transformers, weights
 from robustify.sources.checkpoint import CUSTOM, Checkpoint
-from robustify.sources.options import AS_IT_IS, Options, refuse_loading
+from robustify.sources.options import AS_IT_IS, Options, refuse_known, refuse_loading
 
 # what a description says about where timm would fetch weights; they are read from the folder alone
 FETCHED = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "custom_load")
@@ -63,6 +63,7 @@ def assemble(
         raise UserError(f"{origin} does not say how many classes the model has", 'add "num_classes": 10')
     args = {**(config.get("model_args") or {}), **options.args}
     refuse_loading(args, origin)
+    refuse_known(options.args, base_id)
     net = _build(arch, cfg, origin, own, args, options)
     described = vars(net)["default_cfg"]
     size = tuple(described["input_size"])

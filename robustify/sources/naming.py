@@ -23,7 +23,7 @@ SOURCES = {
 def names_code(source: str) -> bool:
     """Return whether loading `source` would import a function of the user's own. Raises UserError."""
     name, told = split(source)
-    return python.is_name(told.get("arch", "")) or (name.partition(":")[0] not in SOURCES and python.is_name(name))
+    return any(python.is_name(text) and text.partition(":")[0] not in SOURCES for text in (name, told.get("arch", "")))
 
 
 def weights_in(folder: str | Path, source: str, num_classes: int | None = None) -> str:

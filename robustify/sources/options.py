@@ -73,6 +73,21 @@ LOADING = (
 )  # fmt: skip
 
 
+# arguments of the architecture that robustify knows by another name, and must know
+KNOWN = {
+    "num_classes": "--num-classes N (num_classes=N in Python)",
+    "in_chans": "size=[1,28,28]: channels, height, width",
+    "img_size": "size=64",
+}
+
+
+def refuse_known(args: Mapping[str, Any], name: str) -> None:
+    """Raise a UserError for words behind a library's model that would change what robustify believes of it."""
+    for word in KNOWN:
+        if word in args:
+            raise UserError(f"{name}: {word} cannot stand behind the name", f"say {KNOWN[word]}")
+
+
 def refuse_loading(args: Mapping[str, Any], origin: object) -> None:
     """Raise a UserError when the arguments of an architecture would have timm load weights, past robustify's own reader.
 
@@ -95,6 +110,9 @@ def _checked(key: str, value: Any) -> Any:
         raise UserError(f"size={value} is no size of images", "size=64, or size=[1,28,28] for channels, height, width")
     numbers = value if isinstance(value, list) else [value]
     if key != "arch" and numbers and all(isinstance(n, int | float) for n in numbers):
+        if key == "mean" and max(numbers) > 1:
+            shown = ",".join(f"{n / 255:.3g}" for n in numbers)
+            raise UserError(f"mean={value} is not in pixel units of [0,1]", f"did you mean mean=[{shown}], std likewise?")
         if key == "std" and min(numbers) <= 0:
             raise UserError(f"std={value} must be above 0", "one standard deviation a channel, in pixel units of [0,1]")
         return tuple(float(n) for n in numbers)

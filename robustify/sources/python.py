@@ -106,6 +106,8 @@ def describe(
     try:
         with torch.no_grad():
             logits = model(torch.zeros(1, *size))
+    except UserError:  # it returns no logits
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         hint = f"say the size, with the channels: {example}{behind}size=[1,28,28]"

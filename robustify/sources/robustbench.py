@@ -35,7 +35,8 @@ TORCHVISION = {("imagenet", "Standard_R50"): "https://download.pytorch.org/model
 # entries of several files, and why none of them is one network whose logits a loss could train
 ENSEMBLES = {
     "Chen2020Adversarial": "averages the probabilities of 3 networks, and has no logits",
-    "Diffenderfer2021Winning": "averages the probabilities of 6 networks, and has no logits",
+    "Diffenderfer2021Winning_Binary_CARD_Deck": "averages the probabilities of 6 networks, and has no logits",
+    "Diffenderfer2021Winning_LRR_CARD_Deck": "averages the probabilities of 6 networks, and has no logits",
     "Bai2023Improving": "mixes two fixed networks in shares that a third one chooses",
     "Bai2024MixedNUTS": "mixes two fixed networks, one of them by a hard maximum that passes no gradient",
 }
@@ -103,6 +104,11 @@ def _exists(module: str) -> bool:
     return module in sys.modules or importlib.util.find_spec(module) is not None
 
 
+def why_refused(row: Row) -> str | None:
+    """Return why an entry of several networks is not taken; None of one network."""
+    return next((text for name, text in ENSEMBLES.items() if row["id"].startswith(name)), None)
+
+
 def _resource_filename(module: str, name: str) -> str:
     return str(Path(str(sys.modules[module].__file__)).parent / name)
 
@@ -117,7 +123,7 @@ def _entry(row: Row) -> Row:
         message = f"the installed robustbench does not know {'/'.join(key(row))}"
         raise UserError(message, "pip install -U 'robustbench<1.2'")
     if isinstance(parts := entry["gdrive_id"], list):
-        does = next((text for name, text in ENSEMBLES.items() if row["id"].startswith(name)), "is an ensemble")
+        does = why_refused(row) or "is an ensemble"
         member = next((name for name, other in entries.items() if other["gdrive_id"] in parts), None)
         hint = f"load the robust one in it: {member}" if member else "robustify ls models lists others"
         raise UserError(f"{row['id']} {does}; only single networks can be hardened", hint)

@@ -9,7 +9,7 @@ from robustify.errors import UserError, nearest
 from robustify.pixels import PixelModel
 from robustify.sources import hub, local, transformers, weights
 from robustify.sources.checkpoint import Checkpoint
-from robustify.sources.options import Options, refuse_loading
+from robustify.sources.options import Options, refuse_known, refuse_loading
 
 # what timm sets where it fills a network with its weights, and not where it builds the exported one again
 _WITH_WEIGHTS: dict[str, dict[str, Any]] = {"fbnetc_100": {"bn_eps": 1e-3}}
@@ -46,12 +46,31 @@ def pretrained_names(query: str) -> list[str]:
     return timm.list_pretrained(f"*{query}*")
 
 
+def cached(name: str) -> Path | None:
+    """Return the weight file of NAME.TAG where the hub's cache or torch's has it. Imports timm."""
+    from huggingface_hub import try_to_load_from_cache
+    from timm.models import get_pretrained_cfg
+    from timm.models._hub import get_cache_dir
+
+    cfg = get_pretrained_cfg(name)
+    if cfg is None:
+        return None
+    told: dict[str, Any] = cfg.to_dict()
+    repo, own, url = (told.get(key) for key in ("hf_hub_id", "hf_hub_filename", "url"))
+    if repo:
+        found = [try_to_load_from_cache(repo, file) for file in ([own] if own else hub.WEIGHTS)]
+        return next((Path(path) for path in found if isinstance(path, str)), None)
+    path = Path(get_cache_dir()) / url.rsplit("/", 1)[-1] if url else None
+    return path if path and path.is_file() else None
+
+
 def load(name: str, options: Options) -> Checkpoint:
     """Return timm's NAME or NAME.TAG. Raises UserError."""
     import timm
 
     name = current(name.removeprefix("timm/"))
     refuse_loading(options.args, f"timm:{name}")
+    refuse_known(options.args, name)
     cfg = _cfg(name)
     arch = name.split(".")[0]
     own = int(cfg.get("num_classes") or 0)

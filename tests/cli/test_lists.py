@@ -52,6 +52,14 @@ def test_models_are_filtered(robustify, tmp_path):
     assert header.split("\t")[:4] == ["name", "data", "threat", "architecture"]
     assert {line.split("\t")[0] for line in lines} == {"Zhang2019Theoretically", "Zhang2019You"}
     assert all(line.endswith("\tno") for line in lines)
+    assert robustify("ls", "models", "zhang2019", "--threat", "linf").out.splitlines()[1:] == lines
+    header, line = robustify("ls", "models", "Bai2024", "--dataset", "CIFAR100").out.splitlines()
+    assert header.endswith("\trefused")
+    assert line.endswith("passes no gradient")
+    ran = robustify("ls", "models", "--threat", "Lin")
+    assert ran.code == 2
+    assert "threat 'Lin'. Did you mean Linf?" in ran.err
+    assert "there are: cifar10, digits, cifar100, imagenet" in robustify("ls", "models", "--dataset", "mnist").err
     (tmp_path / "Zhang2019You.pt").write_bytes(b"weights")
     found = json.loads(robustify("ls", "models", "Zhang2019You", "--models-dir", tmp_path, "--json").out)
     assert found[0]["file_here"]

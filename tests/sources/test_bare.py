@@ -27,6 +27,12 @@ def make(width=4, num_classes=3, eps=0.1, born=None):
 def plain():
     return make()
 
+def pair():
+    class Two(nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3)), x
+    return Two()
+
 def features():
     return nn.Conv2d(3, 4, 3)
 
@@ -66,6 +72,21 @@ def test_a_state_dict_with_its_architecture(tmp_path, suffix):
     assert (other.num_classes, other.replaced, other.pretrained) == (4, 6, False)
     usual = timm.create_model("resnet10t").default_cfg  # without a word the architecture's own normalisation
     assert other.model.mean.flatten().tolist() == pytest.approx(usual["mean"])
+
+
+@pytest.mark.parametrize("arch", ["torchvision:resnet18", "timm:torchvision_resnet18"])
+def test_the_architecture_by_the_names_of_models(tmp_path, arch):
+    net = timm.create_model("torchvision_resnet18", num_classes=10)
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    assert sources.load(f"{tmp_path / 'a.pt'}:arch={arch},size=32").arch == "torchvision_resnet18"
+
+
+def test_the_architecture_of_a_robustbench_model(tmp_path):
+    net = sources.load("Sehwag2021Proxy_R18", threat="Linf", pretrained=False).model.net
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    for arch in ("robustbench:cifar10/Linf/Sehwag2021Proxy_R18", "cifar10/Linf/Sehwag2021Proxy_R18"):
+        checkpoint = sources.load(f"{tmp_path / 'a.pt'}:arch={arch}")
+        assert checkpoint.arch == "robustbench_cifar10_linf_sehwag2021proxy_r18"
 
 
 def test_what_training_scripts_wrap_around_it(tmp_path):
@@ -177,6 +198,7 @@ def test_what_came_of_a_network_is_named_so_that_it_loads(mine, source, classes,
         ("mynets:make:size=8,depth=3", "raised TypeError"),
         ("mynets:make", "does not say the size of its images"),
         ("mynets:make:size=2", "does not take images of .3, 2, 2."),
+        ("mynets:pair:size=8", "Two returns a tuple, not logits"),
         ("mynets:features:size=8", "returns a tensor of shape .1, 4, 6, 6."),
     ],
 )

@@ -78,6 +78,17 @@ def test_names(tmp_path):
     assert sources.names("nothing like this") == []
 
 
+def test_addresses_are_no_names():
+    for source, said in (
+        ("https://huggingface.co/timm/resnet18.a1_in1k", "hf-hub:timm/resnet18.a1_in1k"),
+        ("https://example.org/weights.pt", "fetch the file"),
+        ("", "robustify ls models"),
+    ):
+        with pytest.raises(UserError) as error:
+            sources.load(source)
+        assert said in error.value.hint
+
+
 def test_listing_imports_nothing_heavy():
     code = (
         "import sys; from robustify import registry, sources; registry.install(); sources.names('Rade');"
