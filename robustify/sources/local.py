@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -110,7 +111,35 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no description of a model", "fetch or export the model again")
     if not isinstance(config.get("pretrained_cfg", {}), dict) or not isinstance(config.get("robustness") or {}, dict):
         raise UserError(f"{path}: pretrained_cfg and robustness must be objects", "fetch or export the model again")
+    if not isinstance(config.get("model_args") or {}, dict):
+        raise UserError(f"{path}: model_args={config['model_args']} must be an object", 'such as {"drop_rate": 0.1}')
+    if not transformers.is_config(config):
+        _check_images(config.get("pretrained_cfg", config), path)
     return config
+
+
+def _check_images(cfg: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError unless what a description says of the images can be true; what it leaves out may be anything."""
+
+    def wrong(key: str, what: str) -> UserError:
+        example = "[3, 224, 224]" if key == "input_size" else "[0.5, 0.5, 0.5]"
+        return UserError(f"{path}: {key}={json.dumps(cfg[key])} {what}", f"such as {example}")
+
+    size = cfg.get("input_size")
+    if size is not None and not (
+        isinstance(size, list | tuple) and len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size)
+    ):
+        raise wrong("input_size", "must be channels, height and width")
+    for key in ("mean", "std"):
+        values = cfg.get(key)
+        if values is None:
+            continue
+        if not isinstance(values, list | tuple) or not all(isinstance(n, int | float) and math.isfinite(n) for n in values):
+            raise wrong(key, "must be a list of numbers")
+        if size is not None and len(values) not in (1, size[0]):
+            raise wrong(key, f"must have one number a channel, and images have {size[0]}")
+        if key == "std" and min(values, default=0) <= 0:
+            raise wrong(key, "must be above 0")
 
 
 def _build(
@@ -136,6 +165,7 @@ def _build(
     usual = get_pretrained_cfg(arch) or PretrainedCfg()
     said = {name: value for name, value in cfg.items() if name in known and value is not None}
     both: dict[str, Any] = usual.to_dict(remove_source=True) | said | {"num_classes": num_classes}
+    _check_images(both, origin)
     both["input_size"] = options.input_size(tuple(both["input_size"]))
     try:
         return timm.create_model(arch, pretrained=False, num_classes=num_classes, pretrained_cfg=both, **args)

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from robustify import layers
+from robustify import files, layers
 from robustify.errors import UserError
 from robustify.pixels import PixelModel
 from robustify.sources import filetypes, hub, published, weights
@@ -255,12 +255,15 @@ def _fetch(row: Row, target: Path) -> Path:
     hint = f"download it from {page} (paper: {row.get('link', 'unknown')}) and put it at {target.absolute()}"
     if hub.offline():
         raise UserError(f"the weights of {row['id']} are not on this machine, and HF_HUB_OFFLINE is set", hint)
+    elsewhere = "free some space, or keep the weights on another disk: ROBUSTIFY_MODELS_DIR=FOLDER"
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as folder:
         temporary = Path(folder) / target.name
         try:
             _download(page, drive, temporary)
         except Exception as error:  # whatever the network does, the answer is the same
+            if full := files.no_room(error, target, hint=elsewhere):
+                raise full from error
             reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
             raise UserError(f"the weights of {row['id']} could not be downloaded: {reason}", hint) from error
         if (found := filetypes.kind(temporary) if temporary.is_file() else "") not in ("torch", "safetensors"):

@@ -6,7 +6,7 @@ import contextlib
 import pickle
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,9 @@ def _tensors(stored: Any, path: Path) -> dict[str, Tensor]:
         holds = f"the entries {_some(map(str, stored))}" if entries else f"a {type(stored).__name__}"
         hint = 'save it with torch.save({"state_dict": net.state_dict()}, ...)'
         raise UserError(f"{path} holds no state dict but {holds}", hint)
+    if empty := [str(name) for name, value in stored.items() if value.is_meta]:
+        message = f"{path}: {_count(empty, 'tensor')} {_have(empty)} a shape and no numbers ({_some(empty)}): saved from meta"
+        raise UserError(message, "save it from a network that holds its weights")
     return {_bare(str(name)): value for name, value in stored.items()}
 
 
@@ -148,6 +151,7 @@ def fill(net: nn.Module, state: dict[str, Tensor], path: Path, what: str, lenien
         extra = []
     shapes = [n for n in wanted if n in state and state[n].shape != wanted[n].shape]
     if not (missing or extra or shapes):
+        _check_numbers(net, state, path)
         net.load_state_dict({n: state[n] for n in wanted if n in state}, strict=False)
         return
     parts = []
@@ -167,6 +171,26 @@ def fill(net: nn.Module, state: dict[str, Tensor], path: Path, what: str, lenien
     else:
         cause = "probably the file of another model or architecture"
     raise UserError(f"{path} does not fit {what}: {', '.join(parts)}", cause)
+
+
+def _check_numbers(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Raise UserError when a tensor's numbers would be cut: complex ones, or integers as weights, such as quantised ones."""
+    for name, wanted in net.state_dict(keep_vars=True).items():
+        given: Tensor = state[name] if name in state else wanted
+        cut = given.is_complex() and not wanted.is_complex()
+        whole = isinstance(wanted, nn.Parameter) and wanted.is_floating_point() and not given.is_floating_point()
+        if cut or whole:
+            types = [str(tensor.dtype).removeprefix("torch.") for tensor in (given, wanted)]
+            message = f"{path}: {name} is {types[0]}, where the network has {types[1]}"
+            raise UserError(message, "save the network in floating point, before it is quantised or transformed")
+
+
+def _count(names: Sequence[str], what: str) -> str:
+    return f"{len(names)} {what}{'' if len(names) == 1 else 's'}"
+
+
+def _have(names: Sequence[str]) -> str:
+    return "has" if len(names) == 1 else "have"
 
 
 def _some(names: Any, most: int = 3) -> str:

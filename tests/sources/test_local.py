@@ -70,6 +70,14 @@ def test_without_a_description_the_architectures_own_holds(digits_folder):
     ({"num_classes": "ten"}, "how many classes"),
     ({"num_classes": 7}, "another shape .fc.weight: .10, 64. instead of .7, 64."),
     ({"pretrained_cfg": 3}, "must be objects"),
+    ({"model_args": [1]}, r"config.json: model_args=\[1\] must be an object"),
+    ({"pretrained_cfg": {"input_size": "x"}}, r'config.json: input_size="x" must be channels, height and width'),
+    ({"pretrained_cfg": {"input_size": [1, 8]}}, r"config.json: input_size=\[1, 8\] must be channels"),
+    ({"pretrained_cfg": {"mean": "abc"}}, 'config.json: mean="abc" must be a list of numbers'),
+    ({"pretrained_cfg": {"mean": [0.5, 0.5]}}, r"config.json: mean=\[0.5, 0.5\] must have one number a channel, and images"),
+    ({"pretrained_cfg": {"std": [0]}}, r"config.json: std=\[0\] must be above 0"),
+    ({"pretrained_cfg": {"std": []}}, r"config.json: std=\[\] must be"),
+    ({"pretrained_cfg": {"std": [float("nan")]}}, "config.json: std=.NaN. must be a list of numbers"),
 ])
 def test_config_mistakes(digits_folder, changes, said):
     edit(digits_folder, **changes)

@@ -159,6 +159,20 @@ def test_holds_no_state_dict(tmp_path):
         weights.read(tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda w: w.to(torch.complex64), "3.weight is complex64, where the network has float32"),
+    (lambda w: (w * 100).to(torch.int8), "3.weight is int8, where the network has float32"),
+    (lambda w: w.to("meta"), r"1 tensor has a shape and no numbers \(3.weight\)"),
+])  # fmt: skip
+def test_numbers_that_would_be_cut_are_refused(tmp_path, change, said):
+    state = small().state_dict()
+    torch.save({**state, "3.weight": change(state["3.weight"])}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=f"a.pt: {said}"):
+        weights.fill(small(), weights.read(tmp_path / "a.pt"), tmp_path / "a.pt", "net")
+    half = {name: value.half() for name, value in state.items()}  # the counter of BatchNorm too
+    weights.fill(small(), half, tmp_path / "a.pt", "net")
+
+
 def test_names_follow_the_network():
     core = small()
     wrapped = nn.Sequential()
