@@ -21,7 +21,7 @@ from robustify.errors import UserError
 from robustify.formats import check_format, write_format
 from robustify.layers import find_classifier
 from robustify.model_folder import CONFIG, LICENSE, OURS, SHA256, WEIGHTS, made_there, sha256
-from robustify.pixels import PixelModel
+from robustify.pixels import PixelModel, own_memory
 from robustify.report import plain
 from robustify.sources import local
 from robustify.sources.checkpoint import CUSTOM, Checkpoint
@@ -120,6 +120,7 @@ def _plain_network(model: nn.Module) -> tuple[nn.Module, list[float], list[float
         raise TypeError(f"export takes a PixelModel, not {type(pixels).__name__}")
     net = copy.deepcopy(unwrap(pixels.net)).to(device="cpu", dtype=torch.float32)
     net = net.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+    own_memory(net)
     net.train()  # drops what modules have computed from older weights, as modes.borrowed explains
     return net.requires_grad_(False).eval(), _short(pixels.mean), _short(pixels.std)
 

@@ -39,3 +39,13 @@ class PixelModel(nn.Module):
             message = f"{type(self.net).__name__} returns a {type(logits).__name__}, not logits"
             raise UserError(message, "wrap it in a module that maps images [N, C, H, W] to logits [N, classes]")
         return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def own_memory(model: nn.Module) -> None:
+    """Give every element of the weights and buffers a place of its own, in place: torch writes into no expanded tensor,
+    whose elements share one, and neither trains nor loads it."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.layout == torch.strided and any(
+            stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        ):
+            tensor.data = tensor.data.contiguous()

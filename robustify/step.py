@@ -24,7 +24,7 @@ from robustify.errors import UserError
 from robustify.methods import Gaat
 from robustify.methods.base import Method, OwnStep, Passes, Penalised, State, replays
 from robustify.modes import Nets, Shadow, borrowed
-from robustify.pixels import PixelModel
+from robustify.pixels import PixelModel, own_memory
 from robustify.recipe import TrainSettings
 from robustify.rng import Draws, mix
 from robustify.sharding import Shards, SplitForward, split_explained
@@ -85,6 +85,7 @@ def prepare(
 
     world = World(accelerator)
     model.to(accelerator.device)
+    own_memory(model)
     reduced = settings.precision != "no"
     if reduced:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

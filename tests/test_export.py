@@ -14,12 +14,14 @@ import pytest
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from robustify import files, formats, sources
 from robustify.equivalents import in_timm
 from robustify.errors import UserError
 from robustify.export import export, unwrap
+from robustify.pipeline import harden
 from robustify.pixels import PixelModel
 from robustify.sources.checkpoint import Checkpoint
 from robustify.threat import ThreatModel
@@ -172,6 +174,34 @@ def test_any_module_with_shared_weights(tmp_path):
     assert config["pretrained_cfg"]["classifier"] == "head"
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert {"one.weight", "two.weight"} <= set(file.keys())
+
+
+class Expanded(Tied):
+    """One element stands for several, in a buffer and in a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factor", torch.full((1,), 0.5).expand(5))
+        self.shift = nn.Parameter(torch.zeros(1).expand(5))
+
+    def forward(self, x):
+        return super().forward(x) * self.factor + self.shift
+
+
+def test_tensors_whose_elements_share_one_place(tmp_path):
+    net = Expanded().eval()
+    folder = save(custom(net), tmp_path / "out")
+    assert net.factor.stride() == (0,)  # the user's own stays as it is
+    other = Tied()
+    for name in ("factor", "shift"):
+        other.register_buffer(name, torch.zeros(5))
+    other.load_state_dict(load_file(folder / "model.safetensors"))
+    assert torch.equal(other.factor, net.factor)
+    images = torch.rand(64, 3, 16, 16), torch.arange(64) % 5
+    quiet = {"listener": lambda event: None, "attacks": ("clean",), "verify": False}
+    result = harden(net, images, method="fast-at", threat="Linf:0.1", epochs=1, batch_size=16, **quiet)
+    assert net.factor.stride() == (0,)
+    assert isinstance(result.model, Expanded)
 
 
 def test_the_exported_model_is_left_as_it_was(tmp_path):
