@@ -254,17 +254,23 @@ def _classes(config: Mapping[str, Any]) -> str:
 
 
 def _cost(before: Report, after: Report, training: Mapping[str, Any] | None) -> str:
-    """Seconds, passes, device. training: seconds, steps, batch_size and passes per image, as the pipeline writes them."""
+    """Seconds, passes, epoch, device. training: what the pipeline writes of it into config.json."""
     env = after.environment
     trained = "The training was not timed"
     if training:
         trained = f"Training took {_hours(training['seconds'])}"
         passes = ", ".join(f"{count:g} {kind}" for kind, count in training["passes_per_image"].items())
-        trained += f": {training['steps']} steps of {training['batch_size']} images, and for each image {passes} passes"
+        trained += f": {training['steps']} steps of {training['batch_size']} images, and for each image {passes} passes; "
+        trained += _kept(training)
     first, second = (sum(row.seconds for row in report.rows) for report in (before, after))
     place = f"{env.get('device', 'an unknown device')}, {env.get('threads', '?')} threads"
     versions = ", ".join(f"{key} {env[key]}" for key in ("robustify", "torch", "timm", "python") if key in env)
     return f"{trained}. Measuring took {_hours(first)} before and {_hours(second)} after it, on {place} ({versions})."
+
+
+def _kept(training: Mapping[str, Any]) -> str:
+    epochs = f" of {training['epochs']}" if "epochs" in training else ""  # which an older run did not write down
+    return f"kept: epoch {training['best_epoch']}{epochs}" if training["best_epoch"] else "kept: the start"
 
 
 def _hours(seconds: float) -> str:

@@ -168,5 +168,6 @@ def _cost(recipe: Recipe, outcome: Outcome) -> dict[str, Any]:
     """What the training spent."""
     forward, image, weights = passes_per_image(recipe)
     passes = {"forward": forward, "backward to the image": image, "backward to the weights": weights}
-    steps = {"steps": outcome.steps, "batch_size": recipe.train.batch_size, "best_epoch": outcome.best_epoch}
-    return {"seconds": round(outcome.seconds, 1), **steps, "passes_per_image": passes}
+    steps = {"steps": outcome.steps, "batch_size": recipe.train.batch_size}
+    epochs = {"epochs": outcome.epochs, "best_epoch": outcome.best_epoch}
+    return {"seconds": round(outcome.seconds, 1), **steps, **epochs, "passes_per_image": passes}

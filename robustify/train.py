@@ -69,8 +69,8 @@ class LoopState(Standing):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the training went. best: held-out robust accuracy of the kept epoch; remedies: taken, in order, when robustness
-    collapsed; collapsed: whether that ended the training; seconds: spent in the loop."""
+    """How the training went. epochs: that it took; best: held-out robust accuracy of the kept one; remedies: taken, in order,
+    when robustness collapsed; collapsed: whether that ended the training; seconds: spent in the loop."""
 
     steps: int
     epochs: int
@@ -237,7 +237,7 @@ def train(
     elif s.keep == "last" and state.best_epoch < state.epoch and not state.collapsed:
         yield Note(f"robust accuracy fell in the last epoch, so the weights of epoch {state.best_epoch} are kept", "warning")
     _load_best(setup, folder)
-    return Outcome(state.step, s.epochs, state.best, state.best_epoch, state.collapsed, state.seconds, state.remedies)
+    return Outcome(state.step, state.epoch, state.best, state.best_epoch, state.collapsed, state.seconds, state.remedies)
 
 
 def saved(step: int) -> str:

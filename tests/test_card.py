@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 from pathlib import Path
@@ -19,12 +20,13 @@ from robustify.card_update import BEGIN, END, update
 from robustify.citations import METHOD_PAPERS, entries_by_key
 from robustify.errors import UserError
 from robustify.export import export
-from robustify.front_matter import eval_results
+from robustify.front_matter import attack_name, eval_results
 from robustify.intervals import paired_difference, percent, percent_interval
 from robustify.model_folder import write_card
 from robustify.pixels import PixelModel
-from robustify.report import Report, Row, save_pair
+from robustify.report import Headline, Report, Row, load_pair, save_pair
 from robustify.sources.checkpoint import Checkpoint
+from robustify.threat import ThreatModel
 
 LINF, W2 = "Linf:8/255", "W2-Linf:8/255"
 RECIPE = {
@@ -62,7 +64,7 @@ BEFORE, AFTER = report(10, 0.9), report(20, 0.7)
 def config(**more) -> dict:
     facts = {"base_model": "timm/resnet10t.c3_in1k", "license": "apache-2.0", "dataset": "imagenet", **more}
     passes = {"forward": 13, "backward to the image": 11, "backward to the weights": 2}
-    training = {"seconds": 61.2, "steps": 400, "batch_size": 128, "best_epoch": 3, "passes_per_image": passes}
+    training = {"seconds": 61.2, "steps": 400, "batch_size": 128, "epochs": 5, "best_epoch": 3, "passes_per_image": passes}
     return {
         "architecture": facts.get("arch", "resnet10t"), "num_classes": 10, "label_names": facts.get("label_names", []),
         "pretrained_cfg": {"input_size": [3, 32, 32], "license": facts["license"]},
@@ -83,26 +85,82 @@ def head(text: str) -> dict:
     return yaml.safe_load(text.split("---\n")[1])
 
 
-def test_every_accuracy_on_the_card_is_in_the_reports():
-    text = made()
-    text = text[text.index(BEGIN) :]
-    shares, intervals = {"95 %"}, set()
-    for source in (BEFORE, AFTER):
-        for found in [*source.rows, *map(source.headline, source.threats)]:
-            shares.add(percent(found.accuracy))
-            intervals.add(percent_interval(found.interval))
-        for key, old in BEFORE.verdicts.items():
-            intervals.add(_points(old, AFTER.verdicts[key]))
-    intervals.add(_points(BEFORE.held(LINF), AFTER.held(LINF)))
-    on_card = set(re.findall(r"\d[\d.]* ?%", text))
-    assert on_card <= shares
-    assert len(on_card) > 8
-    brackets = set(re.findall(r"\[[-+]?\d+\.\d+, [-+]?\d+\.\d+\]", text))
-    assert brackets <= intervals
-    assert len(brackets) > 11
-    for row in AFTER.rows:
-        assert percent(row.accuracy) in text
-        assert percent_interval(row.interval) in text
+COMMITTED = Path(__file__).parents[1] / "model_cards"
+FOLDERS = sorted(path.parent.name for path in COMMITTED.glob("*/config.json"))
+
+
+def card_and_reports(folder: str | None) -> tuple[str, Report, Report, dict]:
+    """(text, report before, report after, config) of a committed card, or of one made here."""
+    if folder is None:
+        return made(), BEFORE, AFTER, config()
+    place = COMMITTED / folder
+    return (place / "README.md").read_text(), *load_pair(place / "report.json"), json.loads((place / "config.json").read_text())
+
+
+def numbers(text: str) -> list[str]:
+    """What stands as a number of its own, but for digests and names in code, file names and threats."""
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)|\(?\d+/255\)?|\d+(?:\.\d+)?(?=, for pixels)|\[0,1\]", "", text)
+    return re.findall(r"(?<![\w.-])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?", text)
+
+
+def rows_of(text: str, heading: str) -> dict[tuple[str, str], list[str]]:
+    """The table with that first column: the cells of a line by attack and threat."""
+    lines = text[text.index(f"| {heading} |") :].split("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {(line[0], line[1]): line[2:] for line in cells}
+
+
+def named(row: Row | Headline) -> tuple[str, str]:
+    return (attack_name(row) if isinstance(row, Row) else "**Worst case**"), card._shown(row.threat)
+
+
+@pytest.mark.parametrize("folder", [None, *FOLDERS])
+def test_every_number_on_the_card_is_in_the_reports(folder):
+    text, before, after, written = card_and_reports(folder)
+    was = {named(found): found for found in [*before.rows, *before.worst_cases()]}
+    table, attacks = rows_of(text, "Attack | Threat | Before"), rows_of(text, "Attack | Threat | Settings")
+    metrics = [metric for result in head(text)["model-index"][0]["results"] for metric in result["metrics"]]
+    assert len(table) == len(metrics) == len(after.rows) + len(after.worst_cases())
+    assert len(attacks) == len(after.rows)
+    for found, metric in zip([*after.rows, *after.worst_cases()], metrics, strict=True):
+        old = was[named(found)]
+        assert table[named(found)][:2] == [f"{percent(one.accuracy)} {percent_interval(one.interval)}" for one in (old, found)]
+        assert table[named(found)][3] == str(found.n) == str(metric["args"]["n"])
+        assert table[named(found)][2].split()[0] == f"{100 * (found.accuracy - old.accuracy):+.2f}"
+        held = [_held(one, source) for one, source in ((old, before), (found, after))]
+        if all(verdicts is not None for verdicts in held):
+            assert table[named(found)][2].endswith(" " + _points(*held))
+        assert metric["value"] == round(found.correct / found.n, 4)
+    for row in after.rows:
+        settings, passes, seconds = attacks[named(row)]
+        assert settings == row.told()
+        assert passes == " / ".join(f"{row.passes[kind]:g}" for kind in ("forward", "backward") if kind in row.passes)
+        assert seconds == f"{row.seconds:.1f}"
+    training = written["robustness"]["training"]
+    total = [sum(row.seconds for row in source.rows) for source in (before, after)]
+    facts = [training["steps"], training["batch_size"], *training["passes_per_image"].values()]
+    known = {"95", str(after.seed), *(f"{count:g}" for count in facts), f"{training['seconds']:.1f}"}
+    known |= {str(training[key]) for key in ("epochs", "best_epoch") if key in training}
+    known |= {f"{seconds:.1f}" for seconds in total} | {f"{seconds / 3600:.2f}" for seconds in total}
+    known |= {str(after.environment.get("threads"))}
+    for source in (before, after):
+        for found in [*source.rows, *source.per_threat()]:
+            known |= {str(found.n), percent(found.accuracy).split()[0], *numbers(percent_interval(found.interval))}
+        known |= {number for note in source.notes for number in numbers(note)}
+    known |= {number for cells in [*table.values(), *attacks.values()] for cell in cells for number in numbers(cell)}
+    known |= {f"{ThreatModel.parse(threat).p:g}" for threat in after.threats if ThreatModel.parse(threat).p}
+    known |= {threat.rpartition(":")[2] for threat in after.threats}
+    prose = text[text.index(BEGIN) : text.index("## Use")]
+    cost = re.search(r"Training took .*? before and .*? after it", text)[0]
+    assert set(numbers(prose) + numbers(cost)) <= known
+    assert len(numbers(prose)) > 30
+
+
+def _held(found: Row | Headline, source: Report) -> np.ndarray | None:
+    """bool [n]: which images are right, None where they are not independent of each other."""
+    if isinstance(found, Row):
+        return None if found.kind == "distributional" else source.verdicts[found.key]
+    return source.held(found.threat) if found.threat in source.threats else source.held_by_all()
 
 
 def _points(old, new) -> str:
@@ -164,6 +222,14 @@ def test_what_a_reader_needs_is_there():
         assert wanted in text, wanted
     assert "$" not in text[: text.index("bibtex")]
     assert not re.search(r" \n|\n\n\n", text)
+
+
+def test_the_card_says_which_epoch_was_kept():
+    assert "2 backward to the weights passes; kept: epoch 3 of 5. Measuring took" in made()
+    assert "; kept: the start. Measuring" in made(config=config(training={"best_epoch": 0}))
+    older = config()
+    del older["robustness"]["training"]["epochs"]
+    assert "; kept: epoch 3. Measuring" in made(config=older)
 
 
 def test_nobody_is_named_by_their_home_folder():
