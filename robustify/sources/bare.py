@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from robustify.errors import UserError
-from robustify.sources import local, published, python, weights
+from robustify.sources import local, published, python, shards, weights
 from robustify.sources.checkpoint import Checkpoint
 from robustify.sources.options import Options
 
@@ -35,7 +35,7 @@ def load(path: Path, options: Options) -> Checkpoint:
         folder = local.model_folder(path)
         config = local.read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
         cfg = config.get("pretrained_cfg", {})
-        path = local.weight_file(folder)
+        path = shards.in_folder(folder)
     if not path.is_file():
         raise UserError(f"there is no file {path}", "check its place and name")
     state = weights.read(path, options.allow_pickle)

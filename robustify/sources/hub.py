@@ -15,17 +15,24 @@ from typing import Any
 
 from robustify import files
 from robustify.errors import UserError
+from robustify.sources import shards
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 RANDOM = "or start from random weights: pretrained=False (robustify finetune: --set model.pretrained=false)"
 
 
 def weight_file(repo: str, filename: str | None = None) -> Path:
-    """Return the weight file of a hub folder OWNER/NAME[@REVISION], safetensors where there is one. Raises UserError."""
-    safe, pickled = WEIGHTS
+    """Return the weight file of a hub folder OWNER/NAME[@REVISION], safetensors where there is one; of weights in several
+    files their index, with all of them beside it. Raises UserError."""
     if filename:
         return _as_sent(repo, file(repo, filename))
-    return _as_sent(repo, optional_file(repo, safe) or file(repo, pickled))
+    for name in shards.NAMES:
+        found = optional_file(repo, name)
+        if found and name.endswith(shards.INDEX):
+            for part in shards.listed(found):
+                _as_sent(repo, file(same_commit(repo, found), part))
+        if found:
+            return _as_sent(repo, found)
+    return file(repo, shards.WEIGHTS[0])  # which it has not
 
 
 def _as_sent(repo: str, path: Path) -> Path:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from robustify import layers
 from robustify.errors import UserError, nearest
 from robustify.pixels import PixelModel
-from robustify.sources import hub, naming, transformers, weights
+from robustify.sources import naming, shards, transformers, weights
 from robustify.sources.checkpoint import CUSTOM, Checkpoint
 from robustify.sources.options import AS_IT_IS, Options, refuse_known, refuse_loading
 
@@ -69,7 +69,7 @@ def assemble(
     described = vars(net)["default_cfg"]
     size = tuple(described["input_size"])
     if options.pretrained:
-        path = origin if folder is None else weight_file(folder)
+        path = origin if folder is None else shards.in_folder(folder)
         state = weights.read(path, options.allow_pickle) if state is None else state
         weights.fill(net, weights.named_for(net, state), path, arch)
     classes = options.num_classes or own
@@ -172,11 +172,3 @@ def _build(
     except (TypeError, ValueError, AssertionError) as error:
         message = f"{arch} cannot be built with the arguments {args} (images {both['input_size']}): {error}"
         raise UserError(message, f'see "model_args" in {origin}, or what stands behind its name') from error
-
-
-def weight_file(folder: Path) -> Path:
-    """Return the folder's weight file. Raises UserError."""
-    for name in hub.WEIGHTS:
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"{folder / hub.WEIGHTS[0]} does not exist", f"put the weights beside {folder / 'config.json'}")

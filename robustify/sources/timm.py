@@ -7,7 +7,7 @@ from typing import Any
 from robustify import layers
 from robustify.errors import UserError, nearest
 from robustify.pixels import PixelModel
-from robustify.sources import hub, local, transformers, weights
+from robustify.sources import hub, local, shards, transformers, weights
 from robustify.sources.checkpoint import Checkpoint
 from robustify.sources.options import Options, refuse_known, refuse_loading
 
@@ -58,7 +58,7 @@ def cached(name: str) -> Path | None:
     told: dict[str, Any] = cfg.to_dict()
     repo, own, url = (told.get(key) for key in ("hf_hub_id", "hf_hub_filename", "url"))
     if repo:
-        found = [try_to_load_from_cache(repo, file) for file in ([own] if own else hub.WEIGHTS)]
+        found = [try_to_load_from_cache(repo, file) for file in ([own] if own else shards.WEIGHTS)]
         return next((Path(path) for path in found if isinstance(path, str)), None)
     path = Path(get_cache_dir()) / url.rsplit("/", 1)[-1] if url else None
     return path if path and path.is_file() else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from robustify.errors import UserError
-from robustify.pixels import PixelModel
-from robustify.sources import hub
+from robustify.sources import hub, python, shards, weights
 from robustify.sources.checkpoint import Checkpoint
 from robustify.sources.options import Options
 
@@ -54,7 +54,7 @@ def build(config: Mapping[str, Any], num_classes: int | None = None, in_chans: i
         if num_classes not in (None, described.num_labels):
             described.num_labels = num_classes
         return Logits(library.AutoModelForImageClassification.from_config(described)).eval()
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever a class of theirs says of values that it cannot take
         raise _no_classifier(config, error) from error
 
 
@@ -69,8 +69,11 @@ def _refuse_loading(config: Any) -> None:
 
 def _no_classifier(config: Mapping[str, Any], error: Exception) -> UserError:
     kind = ", ".join(config.get("architectures") or ()) or config.get("model_type")
-    reason = str(error).strip().split("\n")[0][:160]
-    return UserError(f"{kind} is no image classifier of transformers: {reason}", "take one of the task image classification")
+    reason = str(error).strip().split("\n")[0].partition(" Should contain one of")[0][:160]
+    hint = "take one of the task image classification"
+    if isinstance(error, ValueError) and "for this kind of AutoModel" in reason:  # a list of all that there are follows
+        return UserError(f"{kind} is no image classifier of transformers", hint)
+    return UserError(f"transformers cannot build {kind}: {reason}", f"see its config.json; {hint}")
 
 
 def is_config(config: Mapping[str, Any]) -> bool:
@@ -95,32 +98,33 @@ def load(folder: Path, options: Options, *, base_id: str | None = None) -> Check
     _refuse_loading(config)
     own = len(config.get("id2label") or ()) or config.get("num_labels") or 2  # transformers' default is 2
     classes = options.num_classes or own
-    net: Any = _filled(library, folder, classes, options) if options.pretrained else build(config, classes).net
+    net: Any = _filled(library, config, folder, classes, options) if options.pretrained else build(config, classes).net
     size, mean, std = _preprocessing(folder, config)
     kept = {key: value for key, value in net.config.to_dict().items() if key not in ("id2label", "label2id")}
     kept["num_labels"] = classes
-    return Checkpoint(
-        model=PixelModel(Logits(net), mean, std).eval(), arch=ARCH, arch_args={"config": kept}, num_classes=classes,
-        input_size=options.input_size(size), base_id=base_id or folder.resolve().name,
+    told = {"input_size": size, "mean": mean, "std": std}
+    checkpoint = python.describe(Logits(net), base_id or folder.resolve().name, options, str(folder), told)
+    return replace(
+        checkpoint, arch=ARCH, arch_args={"config": kept}, num_classes=classes,
         pretrained=options.pretrained and classes == own, replaced=own if classes != own else None,
     )  # fmt: skip
 
 
-def _filled(library: Any, folder: Path, classes: int, options: Options) -> Any:
-    """The network with the folder's weights, which transformers reads: it knows the names its older versions used."""
-    pickled = not (folder / hub.WEIGHTS[0]).is_file()
-    if pickled and not (folder / hub.WEIGHTS[1]).is_file():
-        raise UserError(f"{folder} holds no {hub.WEIGHTS[0]}", "its weights may lie in several files, which are not read")
+def _filled(library: Any, config: Mapping[str, Any], folder: Path, classes: int, options: Options) -> Any:
+    """The network with the folder's weights, fitted to it by transformers: it knows the names its older versions used."""
+    path = shards.in_folder(folder)
+    state = weights.read(path, options.allow_pickle)
+    with torch.device("meta"):
+        empty: Any = build(config, classes).net
     try:
         with _silent(library):
-            net, report = library.AutoModelForImageClassification.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, output_loading_info=True, num_labels=classes,
-                ignore_mismatched_sizes=True, weights_only=not options.allow_pickle, torch_dtype=torch.float32,
-                **options.args,
+            net, report = type(empty).from_pretrained(
+                None, config=empty.config, state_dict=state, output_loading_info=True, ignore_mismatched_sizes=True,
+                torch_dtype=torch.float32,
             )  # fmt: skip
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"transformers cannot load {folder}: {reason}", "fetch it again, or update transformers") from error
+        raise UserError(f"transformers cannot load {path}: {reason}", "fetch it again, or update transformers") from error
     lacking = {name for name in report["missing_keys"] if not name.endswith("num_batches_tracked")}
     other = {entry[0]: entry[1:] for entry in report["mismatched_keys"]}
     new = {name for name, (there, wanted) in other.items() if len(there) and wanted[0] == classes}

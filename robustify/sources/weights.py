@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robustify.errors import UserError
-from robustify.sources import filetypes
+from robustify.sources import filetypes, shards
 
 # Where training scripts put the weights inside what they save; applied in this order. `last` stands beside `best` in
 # files that hold two models, of which RobustBench measured the last.
@@ -24,10 +24,16 @@ CONSTANTS = ("mu", "sigma", "mean", "std")  # normalisation that some architectu
 
 
 def read(path: Path, allow_pickle: bool = False) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors or .pt file by name, without the wrappings of training scripts.
+    """Return the tensors of a .safetensors or .pt file, or of all that an index lists, by name and without the wrappings of
+    training scripts.
 
     Code inside a pickle is never run unless `allow_pickle`. Raises UserError for all but a whole weight file.
     """
+    if path.name.endswith(shards.INDEX):
+        parts = [path.with_name(name) for name in shards.listed(path)]
+        if absent := [part.name for part in parts if not part.is_file()]:
+            raise UserError(f"{path} lists what is not beside it: {_some(absent)}", "fetch the rest too")
+        return {name: tensor for part in parts for name, tensor in read(part, allow_pickle).items()}
     found = filetypes.kind(path)
     if found == "safetensors":
         return _tensors(_read_safetensors(path), path)
@@ -103,7 +109,7 @@ def _tensors(stored: Any, path: Path) -> dict[str, Tensor]:
         hint = 'save it with torch.save({"state_dict": net.state_dict()}, ...)'
         raise UserError(f"{path} holds no state dict but {holds}", hint)
     if empty := [str(name) for name, value in stored.items() if value.is_meta]:
-        message = f"{path}: {_count(empty, 'tensor')} {_have(empty)} a shape and no numbers ({_some(empty)}): saved from meta"
+        message = f"{path} holds {_count(empty, 'tensor')} without numbers ({_some(empty)}): saved from meta"
         raise UserError(message, "save it from a network that holds its weights")
     return {_bare(str(name)): value for name, value in stored.items()}
 
@@ -175,8 +181,9 @@ def fill(net: nn.Module, state: dict[str, Tensor], path: Path, what: str, lenien
 
 def _check_numbers(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Raise UserError when a tensor's numbers would be cut: complex ones, or integers as weights, such as quantised ones."""
-    for name, wanted in net.state_dict(keep_vars=True).items():
-        given: Tensor = state[name] if name in state else wanted
+    tensors: dict[str, Tensor] = net.state_dict(keep_vars=True)
+    for name, wanted in tensors.items():
+        given = state.get(name, wanted)
         cut = given.is_complex() and not wanted.is_complex()
         whole = isinstance(wanted, nn.Parameter) and wanted.is_floating_point() and not given.is_floating_point()
         if cut or whole:
@@ -187,10 +194,6 @@ def _check_numbers(net: nn.Module, state: dict[str, Tensor], path: Path) -> None
 
 def _count(names: Sequence[str], what: str) -> str:
     return f"{len(names)} {what}{'' if len(names) == 1 else 's'}"
-
-
-def _have(names: Sequence[str]) -> str:
-    return "has" if len(names) == 1 else "have"
 
 
 def _some(names: Any, most: int = 3) -> str:

@@ -26,3 +26,13 @@ def shake(net: torch.nn.Module, seed: int = 0) -> None:
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean = torch.randn(module.num_features, generator=generator) * 0.1
             module.running_var = torch.rand(module.num_features, generator=generator) + 0.5
+
+
+class Runs:
+    """A pickle that makes a file when it is opened."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)

@@ -67,6 +67,14 @@ def test_weights_that_are_not_what_the_hub_sent_are_refused(hub):
     assert f"hf download me/net model.safetensors --revision {COMMIT} --force-download" in error.value.hint
 
 
+def test_weights_in_several_files_are_fetched_together(hub):
+    whole = hub.repos["me/net"].pop("model.safetensors")
+    part = "model-00001-of-00001.safetensors"
+    hub.repos["me/net"] |= {part: whole, "model.safetensors.index.json": json.dumps({"weight_map": {"all": part}}).encode()}
+    assert sources.load("hf-hub:me/net").model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    assert f"GET /me/net/resolve/{COMMIT}/{part}" in hub.requests
+
+
 def test_a_full_disk_under_the_cache_is_called_so(hub, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")

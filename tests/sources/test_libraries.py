@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from source_folders import shake
+from source_folders import Runs, shake
 
 from robustify import api, sources
 from robustify.errors import UserError
@@ -125,9 +125,21 @@ def test_transformers_mistakes(vit):
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
-    with pytest.raises(UserError, match="transformers cannot load"):
+    with pytest.raises(UserError, match=r"model.safetensors .* is truncated or damaged"):
         sources.load(str(folder))
+    weights.write_bytes(b"<!DOCTYPE html><html>404</html>")
+    with pytest.raises(UserError, match=r"model.safetensors is a web page"):
+        sources.load(str(folder))
+    weights.unlink()
+    torch.save({"state_dict": {}, "args": Runs(folder / "ran")}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model.bin holds more than tensors \(\w+\.getattr, pathlib\.Path") as error:
+        sources.load(str(folder))
+    assert "--allow-pickle" in error.value.hint
+    assert not (folder / "ran").exists()
+    (folder / "pytorch_model.bin").unlink()
     weights.write_bytes(whole)
+    with pytest.raises(UserError, match=r"vit does not take images of \(3, 64, 64\)"):
+        sources.load(f"{folder}:size=64")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(UserError, match=r"do not fit its config\.json"):
@@ -135,6 +147,22 @@ def test_transformers_mistakes(vit):
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
     with pytest.raises(UserError, match="transformers"):
         sources.load(str(folder))
+    text = {"architectures": ["BertForSequenceClassification"], "model_type": "bert"}
+    (folder / "config.json").write_text(json.dumps(text))
+    with pytest.raises(UserError) as error:
+        sources.load(str(folder))
+    assert error.value.message == "BertForSequenceClassification is no image classifier of transformers"
+
+
+def test_transformers_weights_in_several_files(vit, tmp_path):
+    folder, net = vit
+    net.save_pretrained(tmp_path / "split", max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    for part in (tmp_path / "split").glob("model*"):
+        part.rename(folder / part.name)
+    assert len(list(folder.glob("model-*"))) > 1
+    there = sources.load(str(folder)).model.net.net.state_dict()
+    assert all(torch.equal(there[name], value) for name, value in net.state_dict().items())
 
 
 def test_without_transformers_one_is_told(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from source_folders import write_folder
+from source_folders import Runs, write_folder
 
 from robustify import sources
 from robustify.errors import UserError
@@ -101,6 +101,26 @@ def test_broken_folders(digits_folder, name, content, said):
         sources.load(str(digits_folder))
 
 
+def test_weights_in_several_files(digits_folder):
+    path = digits_folder / "model.safetensors"
+    expected, x = sources.load(str(digits_folder)).model, torch.rand(2, 1, 8, 8)
+    state, parts = load_file(path), ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    places = {name: parts[i % 2] for i, name in enumerate(state)}
+    for part in parts:
+        save_file({name: state[name] for name in state if places[name] == part}, digits_folder / part)
+    path.unlink()
+    index = digits_folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    assert torch.equal(sources.load(str(digits_folder)).model(x), expected(x))
+    (digits_folder / parts[1]).unlink()
+    with pytest.raises(UserError, match=f"index.json lists what is not beside it: {parts[1]}"):
+        sources.load(str(digits_folder))
+    for content in ('{"weight_map": {"a": "../elsewhere.safetensors"}}', '{"weight_map": {}}', "[1]", "{"):
+        index.write_text(content)
+        with pytest.raises(UserError, match="lists no weight files beside it"):
+            sources.load(str(digits_folder))
+
+
 def test_truncated_weights(digits_folder):
     path = digits_folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -114,16 +134,6 @@ def test_missing_key(digits_folder):
     save_file(state, digits_folder / "model.safetensors")
     with pytest.raises(UserError, match=r"missing \(fc.bias\)"):
         sources.load(str(digits_folder))
-
-
-class Runs:
-    """A pickle that makes a file when it is opened."""
-
-    def __init__(self, trace):
-        self.trace = trace
-
-    def __reduce__(self):
-        return (open, (str(self.trace), "w"))
 
 
 @pytest.mark.parametrize("where", ["model_args", "pretrained", "cfg", "words", "timm", "bare"])

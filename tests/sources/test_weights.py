@@ -10,20 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from source_folders import Runs
 from torch import nn
 
 from robustify.errors import UserError
 from robustify.sources import weights
-
-
-class Runs:
-    """A pickle that makes a file when it is opened."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self):
-        return Path.touch, (self.target,)
 
 
 def small() -> nn.Module:
@@ -162,12 +153,12 @@ def test_holds_no_state_dict(tmp_path):
 @pytest.mark.parametrize(("change", "said"), [
     (lambda w: w.to(torch.complex64), "3.weight is complex64, where the network has float32"),
     (lambda w: (w * 100).to(torch.int8), "3.weight is int8, where the network has float32"),
-    (lambda w: w.to("meta"), r"1 tensor has a shape and no numbers \(3.weight\)"),
+    (lambda w: w.to("meta"), r"holds 1 tensor without numbers \(3.weight\)"),
 ])  # fmt: skip
 def test_numbers_that_would_be_cut_are_refused(tmp_path, change, said):
     state = small().state_dict()
     torch.save({**state, "3.weight": change(state["3.weight"])}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match=f"a.pt: {said}"):
+    with pytest.raises(UserError, match=f"a.pt:? {said}"):
         weights.fill(small(), weights.read(tmp_path / "a.pt"), tmp_path / "a.pt", "net")
     half = {name: value.half() for name, value in state.items()}  # the counter of BatchNorm too
     weights.fill(small(), half, tmp_path / "a.pt", "net")
