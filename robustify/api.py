@@ -24,7 +24,7 @@ from robustify.evaluation import conversions, rows_of
 from robustify.evaluation import evaluate as measure
 from robustify.events import Listener, Note, Progress
 from robustify.export import export as write_model
-from robustify.export import round_weights
+from robustify.export import made_anew, round_weights
 from robustify.model_folder import CONFIG, WEIGHTS
 from robustify.modes import borrowed
 from robustify.pixels import PixelModel
@@ -218,6 +218,8 @@ def export(
         for name, text in texts.items():
             files.write_text(stage / name, text)
 
+    if listener is not None and (missing := made_anew(checkpoint, checkpoint.model)) is not None:
+        listener(Note(missing))
     return write_model(
         checkpoint,
         checkpoint.model,

@@ -3,7 +3,9 @@ Progress, notes and errors go to stderr. Of several processes only the main one 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -39,6 +41,22 @@ def quiet_libraries() -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # it prints its own stack beside the exception that we explain
         for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
             warnings.simplefilter("ignore", category)
+        logging.getLogger("huggingface_hub.utils._http").addFilter(_trying_again)
+
+
+def _trying_again(record: logging.LogRecord) -> bool:
+    """Say once what huggingface_hub says in two lines of every request that it repeats; let its other lines pass."""
+    text = record.getMessage()
+    if "thrown while requesting" in text:
+        status = re.search(r"HTTP Error (\d+)", text)
+        _say_once(f"the Hugging Face hub {f'answers with error {status[1]}' if status else 'does not answer'}; trying again")
+        return False
+    return not text.startswith(("Retrying in", "Rate limited"))
+
+
+@cache
+def _say_once(text: str) -> None:
+    note(text)
 
 
 def result(text: str) -> None:

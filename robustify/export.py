@@ -268,6 +268,19 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
     return model(x)
 
 
+def made_anew(checkpoint: Checkpoint, model: PixelModel) -> str | None:
+    """Return what the user of a class of one's own must know: which buffers the weights do not hold. None without any."""
+    held = model.net.state_dict()
+    missing = [name for name, _ in model.net.named_buffers() if name not in held]
+    if checkpoint.arch != CUSTOM or not missing:
+        return None
+    names = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+    return (
+        f"the weights do not hold the buffers {names} (persistent=False): the class must make the same values whenever it "
+        "is built, or the logits are others"
+    )
+
+
 def _compare(original: nn.Module, logits: Tensor, again: nn.Module, x: Tensor) -> None:
     """Raise UserError unless both networks have the same state, bit for bit, and give the same logits.
 

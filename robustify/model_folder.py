@@ -123,8 +123,10 @@ def card_of(folder: Path, *, place: Path | None = None, hub: str | None = None) 
         figures={file: caption for file, caption in FIGURES.items() if (folder / file).is_file()},
     )
     base = config["robustness"]["base_model"]
-    older = _older_card(folder, place, base)
-    return (update(older, text, base) if older else text), half[1] if half else after
+    if older := _older_card(folder, place, base):
+        here = folder == place or older.parent == place  # else it lies where the folder is being built, and came from elsewhere
+        text = update(older.read_text(encoding="utf8"), text, base, str(older) if here else f"the model's {CARD}")
+    return text, half[1] if half else after
 
 
 def check_same(folder: Path, config: Mapping[str, Any], beside: Path | None = None) -> None:
@@ -171,12 +173,12 @@ def made_there(folder: Path, base: str) -> bool:
         return not (folder / CARD).is_file() or made_of((folder / CARD).read_text(encoding="utf8"), base)
 
 
-def _older_card(folder: Path, place: Path, base: str) -> str | None:
+def _older_card(folder: Path, place: Path, base: str) -> Path | None:
     """The card whose own text goes on: the one that came with the model, else the one whose place it takes."""
-    came = (folder / CARD).read_text(encoding="utf8") if (folder / CARD).is_file() else None
-    if came and has_own_text(came):
+    came = folder / CARD if (folder / CARD).is_file() else None
+    if came and has_own_text(came.read_text(encoding="utf8")):
         return came
-    return (place / CARD).read_text(encoding="utf8") if (place / CARD).is_file() and made_there(place, base) else came
+    return place / CARD if (place / CARD).is_file() and made_there(place, base) else came
 
 
 def read_config(folder: Path) -> dict[str, Any]:

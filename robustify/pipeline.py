@@ -22,7 +22,7 @@ from robustify.card_figures import Gallery
 from robustify.data import Data
 from robustify.distributed import World, busy_cores, main_first, make_accelerator
 from robustify.errors import UserError, together
-from robustify.events import Event, Exported, Listener, Measured, Note, Planned, said
+from robustify.events import Event, Listener, Measured, Note, Planned, said
 from robustify.faults import Preempted, Termination, peers_watched, same_everywhere, sigterm_noted
 from robustify.inputs import augmentation, gate, load_inputs, prepare_weights, unknown_names
 from robustify.memory import memory_explained
@@ -273,8 +273,7 @@ def _run(
     if world.is_main:
         save_pair(folder / "report.json", before, after)
         if export_it:
-            export_hardened(folder, recipe, checkpoint, model, data, (before, after), outcome, gallery)
-            tell(Exported(folder / "model"))
+            export_hardened(folder, recipe, checkpoint, model, data, (before, after), outcome, gallery, tell)
         clear_state(folder)
     world.wait()
     return Result(model.net, (before, after), outcome, folder, model, recipe)

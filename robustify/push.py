@@ -54,8 +54,9 @@ def check_license(parcel: Parcel, source: str | Path) -> None:
         raise UserError("the card states no license, because the base model's is not known", hint)
 
 
-def push(parcel: Parcel, repo: str, *, private: bool = False) -> str:
-    """Upload the files to the model repository OWNER/NAME, made if need be, in one commit; return its web address.
+def push(parcel: Parcel, repo: str, *, private: bool = False) -> tuple[str, bool]:
+    """Upload the files to the model repository OWNER/NAME, made if need be, in one commit. Returns its web address, and
+    whether it is private, as the hub says.
 
     An older model's files there go with it. What a person put there, a LICENSE and text in the card, stays where that card
     is of the same base model, and the card here has no such text of its own.
@@ -82,7 +83,8 @@ def push(parcel: Parcel, repo: str, *, private: bool = False) -> str:
             base = json.loads(_bytes(parcel[model_folder.CONFIG]))["robustness"]["base_model"]
             if made_of(card, base):
                 new = _bytes(parcel[model_folder.CARD]).decode()
-                parcel = {**parcel, model_folder.CARD: (new if has_own_text(new) else update(card, new, base)).encode()}
+                kept = new if has_own_text(new) else update(card, new, base, f"the card of {repo}")
+                parcel = {**parcel, model_folder.CARD: kept.encode()}
             else:
                 ours = (*ours, model_folder.LICENSE)
         files = [CommitOperationAdd(name, str(part) if isinstance(part, Path) else part) for name, part in parcel.items()]
@@ -92,7 +94,7 @@ def push(parcel: Parcel, repo: str, *, private: bool = False) -> str:
         raise
     except Exception as error:  # refused, unreachable, interrupted: its own words say which
         raise _explained(error, repo) from None  # its notes may hold the headers that were sent
-    return str(url)
+    return str(url), bool(info.private)
 
 
 def _card(api: HfApi, repo: str) -> str:

@@ -272,7 +272,7 @@ class Report:
     @classmethod
     def load(cls, path: str | Path) -> Report:
         """Read what `save` wrote. Raises UserError when there is none."""
-        value, arrays = _load(Path(path))
+        value, arrays = _load(Path(path), "`robustify evaluate -o FILE` writes one")
         if {"before", "after"} <= value.keys():
             hint = "`robustify evaluate RUN -o measured.json` writes one of the hardened model"
             raise UserError(f"{path} holds a run's two reports, before and after it, not one", hint)
@@ -288,9 +288,10 @@ def save_pair(path: str | Path, before: Report, after: Report) -> None:
 
 def load_pair(path: str | Path) -> tuple[Report, Report]:
     """Read what `save_pair` wrote: (before, after). Raises UserError when there is none."""
-    value, arrays = _load(Path(path))
+    hint = "`robustify finetune` measures before and after, and writes both"
+    value, arrays = _load(Path(path), hint)
     if not {"before", "after"} <= value.keys():
-        raise UserError(f"{path} does not hold a report before and one after", "`robustify finetune` writes both")
+        raise UserError(f"{path} does not hold a report before and one after", hint)
 
     def part(name: str) -> Report:
         mine = {key.removeprefix(f"{name}:"): v for key, v in arrays.items() if key.startswith(f"{name}:")}
@@ -340,16 +341,16 @@ def _save(path: Path, value: dict[str, Any], verdicts: Mapping[str, np.ndarray])
     files.write_json(path, {**value, "verdicts_sha256": hashlib.sha256(buffer.getvalue()).hexdigest()})
 
 
-def _load(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _load(path: Path, hint: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the JSON and the verdicts, which are empty when their file is gone or belongs to another report."""
     try:
         value = json.loads(path.read_text(encoding="utf8"))
     except FileNotFoundError:
-        raise UserError(f"there is no report {path}", "`robustify evaluate` writes one") from None
+        raise UserError(f"there is no report {path}", hint) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the report {path}: {error}", "`robustify evaluate` writes a new one") from None
+        raise UserError(f"cannot read the report {path}: {error}", hint) from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is not a report of robustify", "`robustify evaluate` writes one")
+        raise UserError(f"{path} is not a report of robustify", hint)
     side = path.with_suffix(".npz")
     data = side.read_bytes() if side.is_file() else b""
     if hashlib.sha256(data).hexdigest() != value.get("verdicts_sha256"):

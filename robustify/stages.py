@@ -15,8 +15,8 @@ from robustify.data import Data, Split, digest
 from robustify.distributed import World
 from robustify.errors import UserError
 from robustify.evaluation import evaluate, model_digest
-from robustify.events import Listener, Note, Progress
-from robustify.export import export
+from robustify.events import Exported, Listener, Note, Progress
+from robustify.export import export, made_anew
 from robustify.methods import withstood
 from robustify.model_folder import write_card
 from robustify.pixels import PixelModel
@@ -133,6 +133,7 @@ def export_hardened(
     reports: tuple[Report, Report],
     outcome: Outcome,
     gallery: Gallery | None,
+    tell: Listener,
 ) -> None:
     """model/ in timm's layout, with its card; it appears as a whole."""
     x, _ = data.test.batch(range(min(64, len(data.test))))
@@ -162,6 +163,9 @@ def export_hardened(
         finish=finish,
         force=True,
     )
+    if (missing := made_anew(checkpoint, model)) is not None:
+        tell(Note(missing))
+    tell(Exported(folder / "model"))
 
 
 def _cost(recipe: Recipe, outcome: Outcome) -> dict[str, Any]:

@@ -17,7 +17,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """repos: files by repository; stored: large files by sha256. refuse: paths' parts that fail, with their status."""
+    """repos: files by repository; stored: large files by sha256. refuse: paths' parts that fail, with their status;
+    busy: how often they answer 503 before they do not."""
 
     token: str = "hf_thetokenthatmayneverbeshown"
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -25,6 +26,7 @@ class Hub:
     stored: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     refuse: dict[str, int] = field(default_factory=dict)
+    busy: dict[str, int] = field(default_factory=dict)
     url: str = ""
 
 
@@ -61,7 +63,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _any(self) -> None:
         hub, path, body = self.hub, self.path.split("?")[0], self._body()
         hub.requests.append(f"{self.command} {path}")
-        if status := next((status for part, status in hub.refuse.items() if part in self.path), None):
+        if waiting := next((part for part, times in hub.busy.items() if part in self.path and times), None):
+            hub.busy[waiting] -= 1
+            self._answer({"error": "busy"}, 503)
+        elif status := next((status for part, status in hub.refuse.items() if part in self.path), None):
             echo = f"refused {self.headers.get('Authorization')}"
             self._answer({"error": echo}, status, {"X-Error-Message": echo})
         elif path.startswith("/large/") and self.command == "PUT":

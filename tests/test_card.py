@@ -330,8 +330,8 @@ def test_update_of_cards_without_our_section():
         assert text.index(BEGIN) > text.find("# Mine")
     swapped = new.replace(BEGIN, "(later)").replace(END, BEGIN).replace("(later)", END)
     for broken in (new.replace(END, ""), new + BEGIN, swapped):
-        with pytest.raises(UserError, match="once each"):
-            update(broken, new)
+        with pytest.raises(UserError, match=r"mine\.md must have .* once each, in order; it has <!-- robustify:begin -->"):
+            update(broken, new, name="mine.md")
     with pytest.raises(UserError, match="not valid YAML"):
         update("---\na: [\n---\n", new)
 
@@ -362,6 +362,12 @@ def test_the_card_is_made_anew_from_the_files(tmp_path):
     assert "robustify finetune mine" in again
     with pytest.raises(UserError, match=r"is mit, not apache-2\.0"):
         write_card(tmp_path / "robust" / "model", license="apache-2.0")
+    path.write_text(again.replace(END, ""))
+    with pytest.raises(UserError, match=r"model/README\.md must have .*robustify:end --> 0 times"):
+        write_card(tmp_path / "robust" / "model")
+    with pytest.raises(UserError, match=r"^the model's README\.md must have"):
+        api.export(str(tmp_path / "robust"), tmp_path / "out")
+    path.write_text(again)
     (tmp_path / "robust" / "recipe.yaml").unlink()
     with pytest.raises(UserError, match=r"no recipe .*recipe\.yaml"):
         write_card(tmp_path / "robust" / "model")

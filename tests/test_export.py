@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from robustify import files, formats, sources
+from robustify import api, files, formats, sources
 from robustify.equivalents import in_timm
 from robustify.errors import UserError
 from robustify.export import export, unwrap
@@ -202,6 +202,15 @@ def test_tensors_whose_elements_share_one_place(tmp_path):
     result = harden(net, images, method="fast-at", threat="Linf:0.1", epochs=1, batch_size=16, **quiet)
     assert net.factor.stride() == (0,)
     assert isinstance(result.model, Expanded)
+
+
+def test_buffers_that_the_weights_do_not_hold_are_told(tmp_path):
+    heard = []
+    api.export(custom(Tied()), tmp_path / "out", listener=heard.append)
+    assert [event.text for event in heard if "the buffers scale (persistent=False)" in event.text]
+    heard.clear()
+    api.export(from_timm("test_efficientnet"), tmp_path / "other", listener=heard.append)
+    assert not heard
 
 
 def test_the_exported_model_is_left_as_it_was(tmp_path):

@@ -122,6 +122,15 @@ def test_an_interrupted_upload_goes_on(hub, run):
     assert len(hub.repos["me/robust"]) == 7
 
 
+def test_a_busy_hub_is_told_once(hub, run):
+    hub.busy = {"/large/": 2}
+    done = robustify(hub, "push", run, "me/robust")
+    assert done.returncode == 0
+    assert done.stderr.count("the Hugging Face hub answers with error 503; trying again") == 1
+    assert "Retrying" not in done.stderr
+    assert "thrown while requesting" not in done.stderr
+
+
 def test_a_dry_run_sends_nothing(hub, run):
     done = robustify(hub, "push", run, "me/robust", "--private", "--dry-run", "--json")
     value = json.loads(done.stdout)
@@ -144,6 +153,8 @@ def test_without_a_network_it_says_so_at_once(hub, run):
 def test_private_stays_private(hub, run):
     assert robustify(hub, "push", run, "me/secret", "--private").returncode == 0
     assert hub.private["me/secret"]
+    again = robustify(hub, "push", run, "me/secret", "--json")
+    assert json.loads(again.stdout)["private"] is True  # as it is on the hub, whatever was asked
     hub.repos["me/open"], hub.private["me/open"] = {}, False
     refused = robustify(hub, "push", run, "me/open", "--private")
     assert refused.returncode == 2

@@ -163,8 +163,10 @@ def test_pairs(tmp_path):
     assert again[0].verdicts.keys() == before.verdicts.keys()
     assert again[1].verdicts == {}
     sample().save(tmp_path / "single.json")
-    with pytest.raises(UserError, match="before"):
-        reports.load_pair(tmp_path / "single.json")
+    for name in ("single.json", "absent.json"):
+        with pytest.raises(UserError, match=r"single\.json does not hold|no report") as caught:
+            reports.load_pair(tmp_path / name)
+        assert "robustify finetune" in caught.value.hint
     with pytest.raises(UserError, match="two reports, before and after"):
         Report.load(tmp_path / "report.json")
 

@@ -34,7 +34,9 @@ def run(
     if dry_run and not as_json:
         console.table([{"file": name, "bytes": f"{size:,}"} for name, size in sizes.items()])
     check_license(parcel, source)
-    url = None if dry_run else push(parcel, repo, private=private)
+    url = None
+    if not dry_run:
+        url, private = push(parcel, repo, private=private)
     if as_json:
         console.result_json({"repo": repo, "private": private, "sent": not dry_run, "url": url, "files": sizes})
         return
