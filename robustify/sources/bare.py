@@ -70,6 +70,7 @@ def _classes(arch: str, state: dict[str, Tensor]) -> int:
     cfg = (get_pretrained_cfg(arch) if timm.is_model(arch) else None) or None
     told = cfg.classifier if cfg else None  # pyright: ignore[reportAttributeAccessIssue]
     heads = [told] if isinstance(told, str) else list(told or ())
-    found = [state[f"{name}.weight"] for name in heads if f"{name}.weight" in state]
+    ends = tuple(f".{head}.{part}" for head in heads for part in ("weight", "bias"))
+    found = [value for name, value in state.items() if f".{name}".endswith(ends)]
     matrices = found or [value for value in state.values() if value.ndim in (2, 4)]
     return len(matrices[-1]) if matrices else 1

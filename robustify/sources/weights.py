@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import pickle
 import sys
 import warnings
@@ -103,15 +104,21 @@ def _tensors(stored: Any, path: Path) -> dict[str, Tensor]:
     for key in WRAPPINGS:
         if isinstance(stored, Mapping) and isinstance(stored.get(key), Mapping):
             stored = stored[key]
-    if not isinstance(stored, Mapping) or not all(isinstance(value, Tensor) for value in stored.values()):
+    if isinstance(stored, Mapping) and len(inside := [value for value in stored.values() if _is_state(value)]) == 1:
+        stored = inside[0]  # under a name of its own
+    if not isinstance(stored, Mapping) or not stored or not all(isinstance(value, Tensor) for value in stored.values()):
         entries = isinstance(stored, Mapping)
-        holds = f"the entries {_some(map(str, stored))}" if entries else f"a {type(stored).__name__}"
+        holds = f"the entries {_some(map(str, stored)) or '(none)'}" if entries else f"a {type(stored).__name__}"
         hint = 'save it with torch.save({"state_dict": net.state_dict()}, ...)'
         raise UserError(f"{path} holds no state dict but {holds}", hint)
     if empty := [str(name) for name, value in stored.items() if value.is_meta]:
-        message = f"{path} holds {_count(empty, 'tensor')} without numbers ({_some(empty)}): saved from meta"
+        message = f"{path} holds {_count(empty, 'tensor', 'tensors')} without numbers ({_some(empty)}): saved from meta"
         raise UserError(message, "save it from a network that holds its weights")
     return {_bare(str(name)): value for name, value in stored.items()}
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(inner, Tensor) for inner in value.values())
 
 
 def _bare(name: str) -> str:
@@ -123,21 +130,26 @@ def _bare(name: str) -> str:
 def named_for(net: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors under the names that `net` uses, as far as known rules lead there.
 
-    The rules: a leading `model.` less or more (a normalisation layer in front of the network puts it there), and timm's
-    own translation of older checkpoints.
+    The rules: a leading `model.` less or more (a normalisation layer in front of the network puts it there), what stands
+    before all names, such as `backbone.`, less, and timm's own translation of older checkpoints.
     """
-    inner = {name.removeprefix("model."): value for name, value in state.items()}
-    forms = [state, inner, {f"model.{name}": value for name, value in inner.items()}]
+    shared = os.path.commonprefix(list(state)).rpartition(".")[0]  # noqa: RUF071 (then whole names)
+    inners = [{name.removeprefix("model."): value for name, value in state.items()}]
+    if shared:
+        inners.append({name.removeprefix(f"{shared}."): value for name, value in state.items()})
+    forms = [state, *(form for inner in inners for form in _with_and_without_model(inner))]
     core = net.get_submodule("model") if "model" in dict(net.named_children()) else net
     translate = getattr(sys.modules[type(core).__module__], "checkpoint_filter_fn", None)
     wanted = net.state_dict().keys()
     if translate is not None and not any(wanted <= form.keys() for form in forms):
-        try:
-            new = translate(dict(inner), core)
-        except Exception:  # not a checkpoint that it knows: the names stay, and `fill` tells what does not fit
-            new = inner
-        forms += [new, {f"model.{name}": value for name, value in new.items()}]
+        for inner in inners:
+            with contextlib.suppress(Exception):  # not a checkpoint that it knows: `fill` tells what does not fit
+                forms += _with_and_without_model(translate(dict(inner), core))
     return min(forms, key=lambda form: len(wanted ^ form.keys()))
+
+
+def _with_and_without_model(inner: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    return [inner, {f"model.{name}": value for name, value in inner.items()}]
 
 
 def fill(net: nn.Module, state: dict[str, Tensor], path: Path, what: str, lenient: bool = False) -> None:
@@ -162,18 +174,22 @@ def fill(net: nn.Module, state: dict[str, Tensor], path: Path, what: str, lenien
         return
     parts = []
     if missing:
-        parts.append(f"{len(missing)} tensors are missing ({_some(missing)})")
+        parts.append(f"{_count(missing, 'tensor is', 'tensors are')} missing ({_some(missing)})")
     if extra:
-        parts.append(f"{len(extra)} are too many ({_some(extra)})")
+        parts.append(f"{_count(extra, 'is', 'are')} too many ({_some(extra)})")
     if shapes:
         n = shapes[0]
         sizes = f"{list(state[n].shape)} instead of {list(wanted[n].shape)}"
-        parts.append(f"{len(shapes)} have another shape ({n}: {sizes})")
-    if len(missing) == len(wanted) - sum(n.endswith("num_batches_tracked") for n in wanted):
+        parts.append(f"{_count(shapes, 'has', 'have')} another shape ({n}: {sizes})")
+    fitting = [n for n in wanted if n in state and n not in shapes]
+    if not any(n in state for n in wanted):
         cause = "none of the names match: this is the file of another architecture"
     elif shapes and not missing and not extra:
         cause = "the same architecture with another number of classes, width or input size"
         cause += f": say it behind its name, as in arch={what},num_classes=7" if ":" in what else ""
+    elif len(missing) + len(extra) + len(shapes) <= len(fitting) // 4:
+        cause = f"{len(fitting)} tensors fit: it was saved from a changed {what}, which a function of yours could build"
+        cause += f", {path}:arch=module:function"
     else:
         cause = "probably the file of another model or architecture"
     raise UserError(f"{path} does not fit {what}: {', '.join(parts)}", cause)
@@ -192,8 +208,8 @@ def _check_numbers(net: nn.Module, state: dict[str, Tensor], path: Path) -> None
             raise UserError(message, "save the network in floating point, before it is quantised or transformed")
 
 
-def _count(names: Sequence[str], what: str) -> str:
-    return f"{len(names)} {what}{'' if len(names) == 1 else 's'}"
+def _count(names: Sequence[str], one: str, more: str) -> str:
+    return f"{len(names)} {one if len(names) == 1 else more}"
 
 
 def _some(names: Any, most: int = 3) -> str:

@@ -74,6 +74,20 @@ def test_a_state_dict_with_its_architecture(tmp_path, suffix):
     assert other.model.mean.flatten().tolist() == pytest.approx(usual["mean"])
 
 
+def test_what_stands_before_all_names_and_a_missing_classifier(tmp_path):
+    net, path = resnet(), tmp_path / "weights.pt"
+    state = net.state_dict()
+    torch.save({"weights": {f"backbone.{name}": value for name, value in state.items()}}, path)
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(sources.load(f"{path}:arch=resnet10t,size=32,mean=0,std=1").model(x), net(x))
+    del state["fc.weight"]
+    torch.save(state, path)
+    with pytest.raises(UserError) as error:
+        sources.load(f"{path}:arch=resnet10t")
+    assert error.value.message == f"{path} does not fit resnet10t: 1 tensor is missing (fc.weight)"
+    assert "tensors fit: it was saved from a changed resnet10t" in error.value.hint
+
+
 @pytest.mark.parametrize("arch", ["torchvision:resnet18", "timm:torchvision_resnet18"])
 def test_the_architecture_by_the_names_of_models(tmp_path, arch):
     net = timm.create_model("torchvision_resnet18", num_classes=10)

@@ -29,6 +29,8 @@ def small() -> nn.Module:
     lambda s: {"last": {"state_dict": s}},
     lambda s: {"model": {f"module.{k}": v for k, v in s.items()}},
     lambda s: {"net": {f"_orig_mod.{k}": v for k, v in s.items()}},
+    lambda s: {"model_ema": s, "epoch": 3},
+    lambda s: {"state_dict": {"weights": s}, "optimizer": {"state": {}, "param_groups": []}},
 ])
 def test_unwraps(tmp_path, wrap):
     state = small().state_dict()
@@ -148,6 +150,10 @@ def test_holds_no_state_dict(tmp_path):
     torch.save({"optimizer": {"lr": 0.1}, "epoch": 3}, tmp_path / "a.pt")
     with pytest.raises(UserError, match="entries optimizer, epoch"):
         weights.read(tmp_path / "a.pt")
+    for stored, said in (({}, r"entries \(none\)"), ({"a": small().state_dict(), "b": small().state_dict()}, "entries a, b")):
+        torch.save(stored, tmp_path / "a.pt")
+        with pytest.raises(UserError, match=said):
+            weights.read(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize(("change", "said"), [
@@ -170,7 +176,8 @@ def test_names_follow_the_network():
     wrapped.add_module("normalize", nn.Identity())
     wrapped.add_module("model", core)
     state = core.state_dict()
-    for given in (state, {f"model.{k}": v for k, v in state.items()}):
+    for before in ("", "model.", "backbone.", "encoder.backbone.", "model.backbone."):
+        given = {f"{before}{k}": v for k, v in state.items()}
         assert weights.named_for(core, given).keys() == state.keys()
         assert weights.named_for(wrapped, given).keys() == wrapped.state_dict().keys()
 
@@ -179,11 +186,19 @@ def test_what_does_not_fit_is_named():
     path = Path("model.pt")
     state = small().state_dict()
     without = {k: v for k, v in state.items() if k != "0.weight"}
-    with pytest.raises(UserError, match=r"1 tensors are missing \(0.weight\), 1 are too many \(extra\)"):
+    with pytest.raises(UserError, match=r"1 tensor is missing \(0.weight\), 1 is too many \(extra\)"):
         weights.fill(small(), {**without, "extra": torch.zeros(1)}, path, "net")
     with pytest.raises(UserError, match=r"\(3.weight: \[5, 4\] instead of \[2, 4\]\)") as error:
         weights.fill(small(), {**state, "3.weight": torch.zeros(5, 4)}, path, "net")
     assert "number of classes" in error.value.hint
+    many = nn.Sequential(*(nn.Linear(2, 2) for _ in range(5)))
+    given = many.state_dict()
+    for change in ({"extra": torch.zeros(1)}, {"0.weight": torch.zeros(3)}):
+        del given["4.bias"]
+        with pytest.raises(UserError, match=r"1 tensor is missing \(4.bias\)") as error:
+            weights.fill(many, given | change, path, "net")
+        assert error.value.hint.startswith(("9 tensors fit: it was saved from a changed net", "8 tensors fit"))
+        given = many.state_dict()
     with pytest.raises(UserError) as error:
         weights.fill(small(), {"other": torch.zeros(1)}, path, "net")
     assert "another architecture" in error.value.hint
