@@ -236,7 +236,10 @@ def test_export_copies_the_model_and_its_card(robustify, finished, tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     heads = [safe_open(folder / "model.safetensors", "pt").metadata() for folder in (old, new)]
     assert heads[0] == heads[1]
-    assert json.loads((new / "config.json").read_text()) == json.loads((old / "config.json").read_text())
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (old, new)]
+    for config in configs:  # of the file, at whose head safetensors puts its entries in any order
+        del config["robustness"]["weights_sha256"]
+    assert configs[0] == configs[1]
     refused = robustify("export", folder, "copy")
     assert refused.code == 2
     assert "--force" in refused.err
