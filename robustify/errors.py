@@ -35,3 +35,14 @@ def nearest(word: str, known: list[str]) -> str:
 
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f" Did you mean {close[0]}?" if close else ""
+
+
+def reason(error: Exception, most: int = 200) -> str:
+    """Return the first line of what a library says, or the error's class; a long one ends with a word, outside parentheses."""
+    import textwrap
+
+    said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    short = textwrap.shorten(said, most, placeholder=" ...")
+    if short.endswith(" ...") and short.count("(") > short.count(")"):
+        return short[: short.rindex("(")].rstrip() + " ..."
+    return short

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from robustify import files
-from robustify.errors import UserError
+from robustify.errors import UserError, reason
 from robustify.model_folder import FORMATS
 
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": ()}
@@ -50,8 +50,7 @@ def write_format(name: str, model: nn.Module, x: Tensor, folder: Path) -> dict[s
         with _quiet():
             content = _onnx(model, x) if name == "onnx" else _pt2(model, x)
     except Exception as error:  # whatever the exporter meets in a network it cannot follow
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise UserError(f"the network cannot be written as {name}: {reason}", "export it without that format") from error
+        raise UserError(f"the network cannot be written as {name}: {reason(error)}", "export it without that format") from error
     path = folder / FORMATS[name]
     files.write_bytes(path, content)
     with _quiet():

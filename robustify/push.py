@@ -15,7 +15,7 @@ import yaml
 from robustify import model_folder
 from robustify.card import without_home
 from robustify.card_update import has_own_text, made_of, update
-from robustify.errors import UserError
+from robustify.errors import UserError, reason
 from robustify.front_matter import HUB_ID
 from robustify.sources import hub
 
@@ -109,13 +109,13 @@ def _bytes(part: Path | bytes) -> bytes:
 
 def _explained(error: Exception, repo: str) -> UserError:
     status = getattr(getattr(error, "response", None), "status_code", None)
-    reason = _without_token(str(error).strip().split("\n")[0][:200] or type(error).__name__)
+    said = _without_token(reason(error))
     hints = {
         401: "log in: hf auth login, or set HF_TOKEN; the token needs the right to write",
         403: "the token has no right to write there: is OWNER your name, and the token one that may write?",
     }
     again = "the same command goes on where it stopped: what has arrived is not sent again"
-    return UserError(f"{repo} was not published: {reason}", hints.get(status or 0, again))
+    return UserError(f"{repo} was not published: {said}", hints.get(status or 0, again))
 
 
 def _without_token(text: str) -> str:

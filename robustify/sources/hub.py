@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from robustify import files
-from robustify.errors import UserError
+from robustify.errors import UserError, reason
 from robustify.sources import shards
 
 RANDOM = "or start from random weights: pretrained=False (robustify finetune: --set model.pretrained=false)"
@@ -118,14 +118,15 @@ def _explain(repo: str, owner_name: str, name: str, error: Exception) -> tuple[s
     if isinstance(error, errors.RepositoryNotFoundError):
         hint = "check OWNER/NAME; a private one needs: hf auth login"
         return f"there is no folder {owner_name} on the Hugging Face hub, or it is private", hint
-    reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-    hint = f"fetch it where there is a network (hf download {owner_name}) and pass its folder as the model; {RANDOM}"
+    why = reason(error)
+    hint = f"fetch it where there is a network (hf download {owner_name}) and pass its folder as the model"
+    hint += f"; {RANDOM}" if name.startswith(shards.WEIGHTS) else ""  # without a description it cannot
     if isinstance(error, ConnectionError):
         hint = f"{hint}; HF_HUB_OFFLINE=1 asks for nothing that is not here"
-        return f"{name} of {repo} is not on this machine, and {reason}", hint
+        return f"{name} of {repo} is not on this machine, and {why}", hint
     if offline():
-        reason = "HF_HUB_OFFLINE is set"
-    return f"{name} of {repo} is not on this machine and could not be fetched: {reason}", hint
+        why = "HF_HUB_OFFLINE is set"
+    return f"{name} of {repo} is not on this machine and could not be fetched: {why}", hint
 
 
 def url_file(name: str, url: str) -> Path:
@@ -144,9 +145,8 @@ def url_file(name: str, url: str) -> Path:
         elsewhere = "free some space, or keep torch's files on another disk: TORCH_HOME=FOLDER"
         if full := files.no_room(error, there, hint=elsewhere):
             raise full from error
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         hint = f"download them elsewhere and put them at {there}; {RANDOM}"
-        raise UserError(f"the weights of {name} could not be fetched from {url}: {reason}", hint) from error
+        raise UserError(f"the weights of {name} could not be fetched from {url}: {reason(error)}", hint) from error
 
 
 def offline() -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from robustify import files, layers
-from robustify.errors import UserError
+from robustify.errors import UserError, reason
 from robustify.pixels import PixelModel
 from robustify.sources import filetypes, hub, published, weights
 from robustify.sources.checkpoint import Checkpoint
@@ -256,19 +256,19 @@ def _fetch(row: Row, target: Path) -> Path:
     if hub.offline():
         raise UserError(f"the weights of {row['id']} are not on this machine, and HF_HUB_OFFLINE is set", hint)
     elsewhere = "free some space, or keep the weights on another disk: ROBUSTIFY_MODELS_DIR=FOLDER"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as folder:
+    there = next(folder for folder in target.absolute().parents if folder.is_dir())  # what fails leaves no folders
+    with tempfile.TemporaryDirectory(dir=there, prefix=".fetching-") as folder:
         temporary = Path(folder) / target.name
         try:
             _download(page, drive, temporary)
         except Exception as error:  # whatever the network does, the answer is the same
             if full := files.no_room(error, target, hint=elsewhere):
                 raise full from error
-            reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
-            raise UserError(f"the weights of {row['id']} could not be downloaded: {reason}", hint) from error
+            raise UserError(f"the weights of {row['id']} could not be downloaded: {reason(error)}", hint) from error
         if (found := filetypes.kind(temporary) if temporary.is_file() else "") not in ("torch", "safetensors"):
             sent = "a web page" if found == "html" else "no complete file"
             raise UserError(f"the server sent {sent} instead of the weights of {row['id']}", hint)
+        target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary, target)
     return target
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustify.errors import UserError
+from robustify.errors import UserError, reason
 from robustify.sources import filetypes, shards
 
 # Where training scripts put the weights inside what they save; applied in this order. `last` stands beside `best` in
@@ -88,8 +88,7 @@ def _read_torch(path: Path, allow_pickle: bool) -> Any:
 
 
 def _broken(path: Path, error: Exception) -> UserError:
-    reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
-    return UserError(f"{path} ({_size(path)}) is truncated or damaged: {reason}", "delete it and fetch it again")
+    return UserError(f"{path} ({_size(path)}) is truncated or damaged: {reason(error, 120)}", "delete it and fetch it again")
 
 
 def _size(path: Path) -> str:

@@ -67,6 +67,15 @@ def test_weights_that_are_not_what_the_hub_sent_are_refused(hub):
     assert f"hf download me/net model.safetensors --revision {COMMIT} --force-download" in error.value.hint
 
 
+def test_random_weights_are_no_remedy_for_a_missing_description(hub, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for name, remedy in (("config.json", False), ("model.safetensors", True)):
+        with pytest.raises(UserError, match=f"{name} of me/net is not on this machine") as error:
+            files.file("me/net", name)
+        assert ("pretrained=False" in error.value.hint) == remedy
+
+
 def test_weights_in_several_files_are_fetched_together(hub):
     whole = hub.repos["me/net"].pop("model.safetensors")
     part = "model-00001-of-00001.safetensors"

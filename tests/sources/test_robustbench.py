@@ -200,9 +200,10 @@ def test_failed_download_leaves_nothing(tmp_path, monkeypatch):
 
     def fail(id, output, quiet):
         Path(output + "abc.part").write_bytes(b"PK half")
-        raise ConnectionError("no route\nlong story")
+        raise ConnectionError(f"no route to pool(port=443) (Caused by {'x' * 100} {'y' * 100})\nlong story")
 
     monkeypatch.setattr("gdown.download", fail)
-    with pytest.raises(UserError, match="could not be downloaded: no route"):
-        sources.load("Sehwag2021Proxy_R18", models_dir=tmp_path)
-    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+    with pytest.raises(UserError, match=r"could not be downloaded: no route to pool\(port=443\) \.\.\.\n") as error:
+        sources.load("Sehwag2021Proxy_R18", models_dir=tmp_path / "not" / "there")
+    assert str(tmp_path / "not" / "there" / "cifar10" / "Linf") in error.value.hint
+    assert list(tmp_path.iterdir()) == []
