@@ -30,8 +30,10 @@ def find_classifier(net: nn.Module, x: Tensor) -> list[str]:
 
     x: a batch of images as the network takes them. Looks for the linear layer or convolution whose output
     equals the logits, perhaps averaged over positions; then for the fewest last heads of which the logits are a weighted
-    sum (two that distillation averages, EfficientViM's four); then for those whose every output moves the logit of its
-    class and no other (VOLO's two heads, a BatchNorm or a softmax behind). Raises UserError when there is no such layer.
+    sum (two that distillation averages, EfficientViM's four); then for those of which every output moves the logit of its
+    class and no other (VOLO's two heads, a BatchNorm behind; between two classes that says little, and the last one is
+    taken); then for the last whose outputs rank the classes as the logits do (a softmax or a LayerNorm behind). Raises
+    UserError when there is no such layer.
     """
     with borrowed(net), torch.no_grad():
         logits, candidates = _outputs(net, x)
@@ -45,7 +47,9 @@ def find_classifier(net: nn.Module, x: Tensor) -> list[str]:
         if last and not logits.isfinite().all():  # of a network gone wrong nothing more can be asked
             return list(last)[-1:]
         if own := [name for name in last if _moves_its_class_alone(net, x, logits, name)]:
-            return own
+            return own if logits.shape[1] > 2 else own[-1:]
+        if ranking := [name for name, out in candidates if _ranks_alike(out, logits)]:
+            return ranking[-1:]
     raise UserError(
         f"{type(net).__name__} has no linear or convolutional layer with {logits.shape[1]} outputs at its end",
         "name the layers to train, for instance --layers 'head*', or take --layers full (layers=... in Python)",
@@ -149,13 +153,22 @@ def _moves_its_class_alone(net: nn.Module, x: Tensor, logits: Tensor, name: str)
         finally:
             hook.remove()
         others = torch.cat((change[:, :k], change[:, k + 1 :]), 1)
-        if not _close(others, others[:, :1].expand_as(others)) or _close(change[:, k], others[:, 0]):
+        if classes > 1 and not _close(others, others[:, :1].expand_as(others)):
+            return False
+        if _close(change[:, k], others[:, 0] if classes > 1 else torch.zeros_like(change[:, k])):
             return False
     return True
 
 
+def _ranks_alike(out: Tensor, logits: Tensor) -> bool:
+    """Whether the logits never fall where the layer's outputs rise from class to class; and not by being all alike."""
+    ranked = logits.gather(1, out.argsort(1))
+    return bool((ranked.diff(dim=1) >= 0).all()) and not _close(ranked[:, 0], ranked[:, -1])
+
+
 def _close(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    rounding = torch.finfo(a.dtype).eps / torch.finfo(torch.float32).eps  # of half precision 8,192 times as large
+    return torch.allclose(a, b, rtol=min(1e-4 * rounding, 0.05), atol=min(1e-5 * rounding, 0.05))
 
 
 def select(net: nn.Module, layers: str, classifier: list[str]) -> Selection:

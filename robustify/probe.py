@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from robustify.data import Split, batches
 from robustify.evaluation import evaluate
 from robustify.gradients import gradient_alignment
@@ -34,17 +36,35 @@ class Standing:
 
 
 @dataclass(frozen=True)
+class Accuracies:
+    """clean, robust: in [0,1] on the held-out images; probe: the attack and its threats; classes: how many there are among the
+    images that are right."""
+
+    clean: float
+    robust: float
+    probe: str
+    classes: int
+
+    @property
+    def constant(self) -> bool:
+        """Whether the network says the same whatever it sees, as far as these images show."""
+        return self.classes < 2
+
+    def score(self, method: Method | OwnStep) -> float:
+        """What it is judged by: who always says the same withstands every attack, and is worth nothing."""
+        return 0.0 if self.constant else self.robust if method.adversarial else self.clean
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What to make of an epoch.
 
-    score: what it is judged by. best: whether its weights are kept. constant: whether it would have been, but is no better
-    than one class for all images. fallen: as in Standing. collapsed: whether robustness has; overfitted, remedy: how, and
+    best: whether its weights are kept. fallen: as in Standing. collapsed: whether robustness has; overfitted, remedy: how, and
     what to do.
     """
 
     score: float
     best: bool
-    constant: bool
     fallen: bool
     collapsed: bool
     overfitted: bool
@@ -53,36 +73,34 @@ class Verdict:
 
 def judge(
     so_far: Standing,
-    clean: float,
-    robust: float,
+    found: Accuracies,
     alignment: float | None,
-    held: Split,
+    n: int,
     method: Method | OwnStep,
     s: TrainSettings,
 ) -> Verdict:
-    """Judge an epoch by its accuracies in [0,1] and its gradient alignment (None: not measured) on the images `held`."""
-    score = robust if method.adversarial else clean
+    """Judge an epoch by its accuracies and its gradient alignment (None: not measured) on n held-out images."""
+    score = found.score(method)
     # against the epochs trained: the first ones from a start that is hardly robust dip before they rise
-    fell = method.adversarial and has_fallen(score, so_far.trained_best, s.collapse_drop, len(held))
+    fell = method.adversarial and has_fallen(score, so_far.trained_best, s.collapse_drop, n)
     blind, remedy = is_blind(alignment, so_far.aligned), next_remedy(method, s.on_collapse, so_far.remedies)
     # a slow start looks the same, so nobody's training ends for it who did not ask for that
-    hopeless = is_hopeless(clean, robust, alignment) and (remedy != "stop" or s.on_collapse == "stop")
+    hopeless = is_hopeless(found.clean, found.robust, alignment) and (remedy != "stop" or s.on_collapse == "stop")
     collapsed = (fell and blind) or ((fell or hopeless) and so_far.fallen)
-    better = not fell and (score > so_far.best or s.keep == "last")
-    # who always says the same withstands every attack; weights drawn anew may be no better yet
-    asked = s.keep == "last" or s.init != "loaded"
-    constant = better and not asked and clean <= float(held.labels.bincount().max()) / len(held)
-    return Verdict(score, better and not constant, constant, fell or hopeless, collapsed, blind or hopeless, remedy)
+    best = not fell and (score > so_far.best or s.keep == "last")
+    return Verdict(score, best, fell or hopeless, collapsed, blind or hopeless, remedy)
 
 
-def accuracies(setup: Setup, held: Split, batch_size: int) -> tuple[float, float, str]:
-    """Return (clean accuracy, robust accuracy, which probe) in full precision, of the average of weights if there is one."""
+def accuracies(setup: Setup, held: Split, batch_size: int) -> Accuracies:
+    """Measure the network, or the average of its weights if there is one, in full precision."""
     model = setup.ema.module if setup.ema else setup.model
     attack = "w-pgd:steps=20" if setup.threat.distributional else "pgd:steps=10"
     threats = withstood(setup.method, setup.threat)
     report = evaluate(model, held, [attack], threats, batch_size=batch_size, world=setup.world, split_name="val")
     worst = report.union() or report.rows[1]
-    return report.rows[0].accuracy, worst.accuracy, f"{attack} {' and '.join(threat.spec for threat in threats)}"
+    probe = f"{attack} {' and '.join(threat.spec for threat in threats)}"
+    right = torch.from_numpy(report.verdicts[report.rows[0].key])
+    return Accuracies(report.rows[0].accuracy, worst.accuracy, probe, len(held.labels[right.to(held.labels.device)].unique()))
 
 
 def alignment(setup: Setup, held: Split, batch_size: int) -> float:

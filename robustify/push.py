@@ -66,7 +66,8 @@ def push(parcel: Parcel, repo: str, *, private: bool = False) -> tuple[str, bool
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
-    check_license(parcel, "RUN")
+    config = parcel[model_folder.CONFIG]
+    check_license(parcel, config.parent if isinstance(config, Path) else repo)
     if hub.offline():
         raise UserError(f"{repo} was not published: HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE where there is a network")
     api = HfApi(library_name="robustify")

@@ -170,7 +170,8 @@ def _is_read_well(model: nn.Module, x: Tensor, y: Tensor, right: Tensor, found: 
         plain = percent(float(right.double().mean()))
         found.notes.append(
             f"With the normalisation {better} ({better.name}) the accuracy would be {percent(better.accuracy)} instead of "
-            f"{plain} (first {len(x)} images): the model seems to expect that. Give its mean and std."
+            f"{plain} (first {len(x)} images): either the model expects that (give its mean and std), or these images are "
+            "unlike those it was trained on."
         )
 
 

@@ -135,9 +135,10 @@ def train(
         yield Note(f"resumed at step {state.step} of {steps}")
     metrics = Metrics(folder / "metrics.jsonl" if world.is_main else None, state.step if resume else None, state.epoch)
     if resume is None:
-        clean, robust, name = accuracies(setup, held, eval_batch)
+        found = accuracies(setup, held, eval_batch)
+        clean, robust, name = found.clean, found.robust, found.probe
         if s.init == "loaded":  # a start that no epoch beats is kept
-            state.best = robust if method.adversarial else clean
+            state.best = found.score(method)
             _save_best(setup, folder)
         metrics.write(step=0, epoch=0, clean=clean, robust=robust, probe=name)
         yield EpochEnd(0, s.epochs, clean, robust, name, False)
@@ -185,9 +186,10 @@ def train(
         termination.release()
 
         share_statistics(setup)
-        clean, robust, name = accuracies(setup, held, eval_batch)
+        found = accuracies(setup, held, eval_batch)
+        clean, robust, name = found.clean, found.robust, found.probe
         aligned = alignment(setup, held, eval_batch) if method.one_step else None
-        verdict = judge(state, clean, robust, aligned, held, method, s)
+        verdict = judge(state, found, aligned, len(held), method, s)
         termination.hold()
         if verdict.best:
             state.best, state.best_epoch = verdict.score, epoch + 1
@@ -204,10 +206,10 @@ def train(
         yield EpochEnd(epoch + 1, s.epochs, clean, robust, name, verdict.best, means, extra)
         if (slow := world.slow_process(per_epoch - done)) is not None:
             yield Note(slow, "warning")
-        if verdict.constant:
+        if found.constant and not verdict.best:
             yield Note(
-                f"epoch {epoch + 1} gets no more held-out images right than one class for all of them would, so its weights "
-                "are not kept; a lower learning rate may help (train.lr; lr in robustify.harden)",
+                f"epoch {epoch + 1} is right on images of one class only: such a network withstands every attack, and counts "
+                "as nothing here; a lower learning rate may help (train.lr; lr in robustify.harden)",
                 "warning",
             )
         schedule.tell(verdict.score)
@@ -219,7 +221,7 @@ def train(
                 setup.method = remedied(method, state.remedies)
                 _roll_back(setup, folder)
         state.fallen = verdict.fallen and not verdict.collapsed  # what comes next starts from the best epoch
-        if verdict.score > state.trained_best and not verdict.constant:
+        if verdict.score > state.trained_best:
             state.trained_best, state.aligned = verdict.score, aligned or 0.0
         checkpoints.save(setup, own, folder / "checkpoints", state.step)
         if world.any(termination.asked):

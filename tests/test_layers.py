@@ -92,15 +92,24 @@ def shaken(norm: nn.BatchNorm1d) -> nn.BatchNorm1d:
         (Heads(), ["heads.0", "heads.1", "heads.2"]),
         (Auxiliary(), ["head", "aux"]),
         (nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.LogSoftmax(1)), ["1"]),
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Softmax(1)), ["1"]),
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.LayerNorm(4)), ["1"]),
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.LogSoftmax(1)).bfloat16(), ["1"]),
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 1), nn.Hardtanh()), ["1"]),
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 2), nn.ReLU(), nn.Linear(2, 2), shaken(nn.BatchNorm1d(2))), ["3"]),
         (nn.Sequential(nn.Flatten(), nn.Linear(192, 4), shaken(nn.BatchNorm1d(4))), ["1"]),
         (nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), ["0"]),
         (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1), nn.Flatten()), ["1"]),
     ],
-    ids=["linear", "scaled", "distilled", "heads", "auxiliary", "softmax", "normalised", "pooled after", "convolution"],
+    ids=[
+        *("linear", "scaled", "distilled", "heads", "auxiliary", "log softmax", "softmax", "layer norm", "bf16", "one", "two"),
+        *("normalised", "pooled after", "convolution"),
+    ],
 )
 def test_the_classifier_is_found_by_structure(net, wanted):
     net.train()
-    assert layers.find_classifier(net, X) == wanted
+    x = X.to(next(net.parameters()).dtype)
+    assert layers.find_classifier(net, x) == wanted
     assert net.training
 
 

@@ -58,7 +58,8 @@ def test_a_plain_network_shows_nothing_and_its_evidence_is_kept(model):
     assert report.checks["logits_change_on_repeat"] == 0
     assert report.checks["images"] == 64
     assert 15 < report.checks["backward"] <= 20
-    assert report.checks["forward"] <= 28
+    # beside the attack: as it is, again, half of them alone, in three other readings, and after the attack
+    assert 6 < report.checks["forward"] - report.checks["backward"] <= 6.5
 
 
 def test_without_the_check_no_pass_is_spent_on_it(model):
@@ -186,7 +187,7 @@ def test_a_model_that_expects_normalised_images_is_told(model):
     assert any("(these images' own) the accuracy would be" in note for note in notes), notes
     assert not any("normalisation" in note for note in looked_at(right, split=split).notes)
     wrong = looked_at(PixelModel(model, (0.5,), (3.0,)), split=split).notes
-    assert any("the model seems to expect that" in note for note in wrong)
+    assert any("the model expects that" in note for note in wrong)
 
 
 class Answers(nn.Module):

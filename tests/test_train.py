@@ -18,6 +18,7 @@ from robustify.events import Collapsed, EpochEnd, Note, StepEnd
 from robustify.methods import FastAt, FreeAt, Gaat, Mart, MultiNorm, PgdAt, Standard, Trades, Wasserstein
 from robustify.methods.remedies import has_fallen, is_blind, next_remedy, remedied
 from robustify.pixels import PixelModel
+from robustify.probe import Accuracies, accuracies
 from robustify.recipe import TrainSettings
 from robustify.sensitivity import UpsilonTracker
 from robustify.step import prepare, set_train_mode, take_step
@@ -305,7 +306,7 @@ def test_a_start_that_no_epoch_beats_is_kept_and_said(tmp_path, monkeypatch):
     from robustify import train as loop
 
     scores = iter([0.5, 0.0, 0.3])  # a dip in the first epoch is no collapse yet
-    monkeypatch.setattr(loop, "accuracies", lambda *_: (0.9, next(scores), "probe"))
+    monkeypatch.setattr(loop, "accuracies", lambda *_: Accuracies(0.9, next(scores), "probe", 4))
     setup = setup_for(FastAt(), epochs=2, lr=1.0, init="loaded")
     start = setup.model.net[0].weight.detach().clone()
     outcome, events = run(setup, tmp_path)
@@ -315,24 +316,40 @@ def test_a_start_that_no_epoch_beats_is_kept_and_said(tmp_path, monkeypatch):
     assert "no epoch was better" in str(events[-1])
 
 
-def test_a_network_that_knows_one_class_only_is_not_the_best(tmp_path, monkeypatch):
+@pytest.mark.parametrize("init", ["loaded", "reinit"])
+def test_a_network_that_knows_one_class_only_is_not_the_best(tmp_path, monkeypatch, init):
     """It withstands every attack on the images of that class, and would win against a start that is not robust."""
     from robustify import train as loop
 
-    share = float(data().val.labels.bincount().max()) / 64
-    found = iter([(0.9, 0.0), (share, share), (0.8, share / 2)])
-    monkeypatch.setattr(loop, "accuracies", lambda *_: (*next(found), "probe"))
-    outcome, events = run(setup_for(PgdAt(steps=1), init="loaded", probe_images=64), tmp_path)
-    assert [e.best for e in events if isinstance(e, EpochEnd)] == [False, False, True]
-    assert (outcome.best_epoch, outcome.best) == (2, share / 2)
-    assert any("epoch 1 gets no more held-out images right than one class" in str(e) for e in events)
+    found = iter([(0.9, 0.0, "probe", 4), (0.3, 0.3, "probe", 1), (0.8, 0.1, "probe", 4)])
+    monkeypatch.setattr(loop, "accuracies", lambda *_: Accuracies(*next(found)))
+    outcome, events = run(setup_for(PgdAt(steps=1), init=init), tmp_path)
+    assert [e.best for e in events if isinstance(e, EpochEnd)] == [False, init == "reinit", True]
+    assert (outcome.best_epoch, outcome.best) == (2, 0.1)
+    assert any("epoch 1 is right on images of one class only" in str(e) for e in events) == (init == "loaded")
+
+
+def test_of_how_many_classes_the_right_images_are(tmp_path):
+    setup = setup_for(PgdAt(steps=1))
+    x, _ = toy_data(64)
+    setup.model.eval()
+    with torch.no_grad():
+        setup.model.net[6].bias.sub_(setup.model(x).mean(0))  # else it calls nearly all of them the same
+        said = setup.model(x).argmax(1)
+    held = from_tensors((x, said), (x, said), (x, said)).val
+    assert accuracies(setup, held, 16).classes == len(said.unique())
+    with torch.no_grad():
+        setup.model.net[6].bias[1] += 100
+    found = accuracies(setup, held, 16)
+    assert (found.classes, found.constant, found.score(PgdAt())) == (1, True, 0.0)
+    assert found.robust == found.clean == float((said == 1).double().mean())
 
 
 def test_a_start_whose_weights_were_drawn_anew_is_no_candidate(tmp_path, monkeypatch):
     from robustify import train as loop
 
     scores = iter([0.3, 0.2, 0.25])
-    monkeypatch.setattr(loop, "accuracies", lambda *_: (0.9, next(scores), "probe"))
+    monkeypatch.setattr(loop, "accuracies", lambda *_: Accuracies(0.9, next(scores), "probe", 4))
     outcome, _ = run(setup_for(FastAt(), init="reinit"), tmp_path)
     assert outcome.best_epoch == 2
 
@@ -387,7 +404,7 @@ def collapsing(monkeypatch, scores, aligned=None):
 
     def probe(*_):
         last[0] = next(scores)
-        return 0.9, last[0], "probe"
+        return Accuracies(0.9, last[0], "probe", 4)
 
     monkeypatch.setattr(loop, "accuracies", probe)
     monkeypatch.setattr(loop, "alignment", lambda *_: last[0] if aligned is None else aligned)

@@ -83,6 +83,8 @@ def with_classes(checkpoint: Checkpoint, num_classes: int | None) -> Checkpoint:
     own = checkpoint.num_classes
     if num_classes in (None, own):
         return checkpoint
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise UserError(f"num_classes={num_classes!r} is no number of classes", "a whole number, such as num_classes=7")
     layers.replace_classifier(checkpoint.model.net, checkpoint.input_size, num_classes)
     return replace(checkpoint, num_classes=num_classes, pretrained=False, replaced=own)
 
