@@ -162,7 +162,7 @@ def _no_folder(source: str) -> UserError:
     if Path(source).exists():
         hint = "a model folder holds config.json and model.safetensors, as robustify and timm write them"
         return UserError(f"{source} is no model folder: it has no config.json", hint)
-    if page := re.match(r"https?://(?:www\.)?huggingface\.co/([^/]+/[^/?#]+)", source):
+    if page := re.match(r"https?://(?:www\.)?huggingface\.co/([^/?#]+(?:/[^/?#]+)?)", source):
         return UserError(f"{source} is a web page", f"name the folder of the hub: hf-hub:{page[1]}")
     if "://" in source:
         return UserError(f"{source} is a web address", "fetch the file, and name it with its network: weights.pt:arch=resnet18")

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import io
 import pickletools
+import re
 import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 COMPILED = {"torchscript": "TorchScript", "torch.export": "a program of torch.export", "onnx": "ONNX"}
-TENSORS = ("torch.", "collections.")  # where the functions come from that put tensors together
+# what puts tensors together, and plain values: no code of anybody's
+HARMLESS = re.compile(
+    r"torch\._utils\._rebuild_\w+|torch\.(storage\.)?\w*Storage|torch\.nn\.parameter\.Parameter"
+    r"|torch\.(Tensor|Size|dtype|device|bool|b?float\w*|complex\d+|u?int\d+)|collections\.OrderedDict"
+    r"|(builtins|__builtin__)\.(set|frozenset|dict|list|tuple|slice|range|int|float|complex|bool|str|bytes|bytearray|object)"
+)
 PICKLES = 5  # in a file of torch before 1.6: magic number, protocol, system, the state, its storages
 
 
@@ -28,13 +34,13 @@ def kind(path: Path) -> str:
         return "safetensors"
     if head.startswith(b"PK"):
         return _kind_of_archive(path)
-    if head.startswith(b"\x80") and len(head) >= 8:
-        return "torch"
+    if head.startswith(b"\x80"):
+        return "torch" if len(head) >= 8 else "truncated"
     if path.suffix == ".onnx" or (head[:1] == b"\x08" and b"pytorch" in head):
         return "onnx"
     if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<"):
         return "html"
-    if len(head) < 8:  # no weight file that is whole is so short
+    if len(head) < 8 and b"\0" in head:  # of the length that begins a safetensors file
         return "truncated"
     if not any(head):
         return "zeros"
@@ -66,14 +72,15 @@ def changed_entry(path: Path) -> str | None:
 
 
 def code_in(path: Path) -> list[str]:
-    """Return the functions and classes that a pickle, bare or inside a zip, asks for beside those of tensors."""
+    """Return the functions and classes that a pickle, bare or inside a zip, asks for beside those of tensors and plain
+    values."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
     else:
         pickles = [path.read_bytes()]
     found = [name for data in pickles for name in _names(data)]
-    return [name for name in dict.fromkeys(found) if not name.startswith(TENSORS)]
+    return [name for name in dict.fromkeys(found) if not HARMLESS.fullmatch(name)]
 
 
 def _names(data: bytes) -> list[str]:

@@ -16,7 +16,7 @@ from robustify.errors import UserError, nearest
 from robustify.pixels import PixelModel
 from robustify.sources import naming, shards, transformers, weights
 from robustify.sources.checkpoint import CUSTOM, Checkpoint
-from robustify.sources.options import AS_IT_IS, Options, refuse_known, refuse_loading
+from robustify.sources.options import AS_IT_IS, Options, Size, refuse_known, refuse_loading
 
 # what a description says about where timm would fetch weights; they are read from the folder alone
 FETCHED = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "custom_load")
@@ -113,33 +113,35 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: pretrained_cfg and robustness must be objects", "fetch or export the model again")
     if not isinstance(config.get("model_args") or {}, dict):
         raise UserError(f"{path}: model_args={config['model_args']} must be an object", 'such as {"drop_rate": 0.1}')
-    if not transformers.is_config(config):
-        _check_images(config.get("pretrained_cfg", config), path)
     return config
 
 
-def _check_images(cfg: Mapping[str, Any], path: Path) -> None:
-    """Raise UserError unless what a description says of the images can be true; what it leaves out may be anything."""
+def _size(usual: Any, options: Options, path: Path) -> Size:
+    """Return (channels, height, width) of the images; `usual` is what the description says. Raises UserError."""
+    if isinstance(options.size, tuple):
+        return options.size
+    if not isinstance(usual, list | tuple) or len(usual) != 3 or not all(isinstance(n, int) and n > 0 for n in usual):
+        said = f"input_size={json.dumps(usual)}"
+        raise UserError(f"{path}: {said} must be channels, height and width", "such as [3, 224, 224]")
+    return options.input_size(tuple(usual))
 
-    def wrong(key: str, what: str) -> UserError:
-        example = "[3, 224, 224]" if key == "input_size" else "[0.5, 0.5, 0.5]"
-        return UserError(f"{path}: {key}={json.dumps(cfg[key])} {what}", f"such as {example}")
 
-    size = cfg.get("input_size")
-    if size is not None and not (
-        isinstance(size, list | tuple) and len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size)
-    ):
-        raise wrong("input_size", "must be channels, height and width")
-    for key in ("mean", "std"):
-        values = cfg.get(key)
-        if values is None:
-            continue
-        if not isinstance(values, list | tuple) or not all(isinstance(n, int | float) and math.isfinite(n) for n in values):
-            raise wrong(key, "must be a list of numbers")
-        if size is not None and len(values) not in (1, size[0]):
-            raise wrong(key, f"must have one number a channel, and images have {size[0]}")
-        if key == "std" and min(values, default=0) <= 0:
-            raise wrong(key, "must be above 0")
+def _check_normalisation(key: str, values: Any, channels: int, path: Path) -> None:
+    """Raise UserError unless the mean or std that a description gives can be true. path: of the description."""
+    what = None
+    if not isinstance(values, list | tuple) or not all(isinstance(n, int | float) and math.isfinite(n) for n in values):
+        what = "must be a list of numbers"
+    elif len(values) not in (1, channels):
+        what = f"must have one number a channel, and images have {channels}"
+    elif key == "std" and min(values) <= 0:
+        what = "must be above 0"
+    if what:
+        raise UserError(f"{path}: {key}={json.dumps(values)} {what}", _normalisation_hint(key, channels))
+
+
+def _normalisation_hint(key: str, channels: int) -> str:
+    numbers = [0.5] * channels
+    return f"such as {numbers}, there or behind the name: {key}={json.dumps(numbers, separators=(',', ':'))}"
 
 
 def _build(
@@ -147,7 +149,7 @@ def _build(
 ) -> nn.Module:
     """Return the network that config.json describes, with random weights. Raises UserError.
 
-    Its `default_cfg` is what `cfg` says, and timm's description of the architecture where that says nothing.
+    Its `default_cfg` is what `options` and `cfg` say, and timm's description of the architecture where they say nothing.
     """
     import timm
     from timm.models import PretrainedCfg, get_pretrained_cfg
@@ -165,8 +167,16 @@ def _build(
     usual = get_pretrained_cfg(arch) or PretrainedCfg()
     said = {name: value for name, value in cfg.items() if name in known and value is not None}
     both: dict[str, Any] = usual.to_dict(remove_source=True) | said | {"num_classes": num_classes}
-    _check_images(both, origin)
-    both["input_size"] = options.input_size(tuple(both["input_size"]))
+    both["input_size"] = _size(both["input_size"], options, origin)
+    channels = both["input_size"][0]
+    for key, told in (("mean", options.mean), ("std", options.std)):
+        if told is not None:
+            both[key] = told
+        elif key in said:
+            _check_normalisation(key, said[key], channels, origin)
+        elif len(both[key]) not in (1, channels):
+            message = f"{origin} does not say the {key} of its images, which have {channels} channel{'s' * (channels > 1)}"
+            raise UserError(f"{message}; timm's for {arch} has {len(both[key])}", _normalisation_hint(key, channels))
     try:
         return timm.create_model(arch, pretrained=False, num_classes=num_classes, pretrained_cfg=both, **args)
     except (TypeError, ValueError, AssertionError) as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from robustify.errors import UserError
 from robustify.sources import python
 from robustify.sources.options import split
 
@@ -55,6 +56,6 @@ def recorded(folder: Path) -> str | None:
             model = yaml.safe_load((place / "recipe.yaml").read_text(encoding="utf8"))["model"]
             source, num_classes = model["source"], model.get("num_classes")
             return weights_in(folder, source, num_classes) if names_code(source) else None
-        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError, UserError):
             continue
     return None

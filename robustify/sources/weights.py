@@ -81,8 +81,10 @@ def _read_torch(path: Path, allow_pickle: bool) -> Any:
             raise _broken(path, error) from None
         wanted = [name for name in filetypes.code_in(path) if name != "argparse.Namespace"]
         names = f" ({_some(wanted)})" if wanted else ""
+        whole = any(name.startswith("torch.nn.modules.") for name in wanted)
+        holds = "a whole network, which is more than tensors" if whole else "more than tensors"
         hint = "loading it would run code from the file: only if you trust its author, add --allow-pickle (allow_pickle=True)"
-        raise UserError(f"{path} holds more than tensors{names} and was not opened", hint) from None
+        raise UserError(f"{path} holds {holds}{names} and was not opened", hint) from None
     except Exception as error:  # a damaged file ends in whatever the unpickler met first
         raise _broken(path, error) from None
 
@@ -121,8 +123,8 @@ def _is_state(value: Any) -> bool:
 
 
 def _bare(name: str) -> str:
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
+    while name.startswith(PREFIXES):
+        name = name.partition(".")[2]
     return name
 
 

@@ -76,12 +76,42 @@ def test_without_a_description_the_architectures_own_holds(digits_folder):
     ({"pretrained_cfg": {"mean": "abc"}}, 'config.json: mean="abc" must be a list of numbers'),
     ({"pretrained_cfg": {"mean": [0.5, 0.5]}}, r"config.json: mean=\[0.5, 0.5\] must have one number a channel, and images"),
     ({"pretrained_cfg": {"std": [0]}}, r"config.json: std=\[0\] must be above 0"),
-    ({"pretrained_cfg": {"std": []}}, r"config.json: std=\[\] must be"),
+    ({"pretrained_cfg": {"std": []}}, r"config.json: std=\[\] must have one number a channel"),
     ({"pretrained_cfg": {"std": [float("nan")]}}, "config.json: std=.NaN. must be a list of numbers"),
 ])
 def test_config_mistakes(digits_folder, changes, said):
     edit(digits_folder, **changes)
     with pytest.raises(UserError, match=said):
+        sources.load(str(digits_folder))
+
+
+def test_words_behind_the_name_correct_a_description(digits_folder):
+    x, expected = torch.rand(2, 1, 8, 8), sources.load(f"{digits_folder}:mean=0.4,std=0.2").model
+    edit(digits_folder, pretrained_cfg={"input_size": [1, 8, 8], "mean": [0.4] * 3, "std": [0]})
+    assert torch.equal(sources.load(f"{digits_folder}:mean=0.4,std=0.2").model(x), expected(x))
+    with pytest.raises(UserError, match=r"config.json: mean=\[0.4, 0.4, 0.4\] must have one number a channel") as error:
+        sources.load(f"{digits_folder}:std=0.2")
+    assert error.value.hint == "such as [0.5], there or behind the name: mean=[0.5]"
+    with pytest.raises(UserError, match="config.json: std="):
+        sources.load(f"{digits_folder}:mean=0.4")
+    edit(digits_folder, pretrained_cfg={"input_size": 8, "mean": [0.4], "std": [0.2]})
+    assert torch.equal(sources.load(f"{digits_folder}:size=[1,8,8]").model(x), expected(x))
+
+
+def test_what_a_description_leaves_out_is_not_quoted_from_it(tmp_path):
+    folder = write_folder(tmp_path / "net", "resnet10t", 5, {"input_size": [1, 32, 32]})
+    for key, words in (("mean", ""), ("std", ":mean=0.5")):
+        with pytest.raises(UserError, match=f"config.json does not say the {key} of its images, which have 1 channel;") as error:
+            sources.load(f"{folder}{words}", pretrained=False)
+        assert f"behind the name: {key}=[0.5]" in error.value.hint
+    assert sources.load(f"{folder}:mean=0.5,std=0.5", pretrained=False).model(torch.rand(2, 1, 32, 32)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("source", ["3", "null", "nets.py:make:size=x", "'nets:make:a={'"])
+def test_a_recipe_that_tells_nothing_is_no_hindrance(digits_folder, source):
+    edit(digits_folder, architecture="custom")
+    (digits_folder / "recipe.yaml").write_text(f"model: {{source: {source}}}\n")
+    with pytest.raises(UserError, match="class of your own"):
         sources.load(str(digits_folder))
 
 

@@ -81,6 +81,9 @@ def test_names(tmp_path):
 def test_addresses_are_no_names():
     for source, said in (
         ("https://huggingface.co/timm/resnet18.a1_in1k", "hf-hub:timm/resnet18.a1_in1k"),
+        ("https://huggingface.co/gpt2", "hf-hub:gpt2"),
+        ("https://huggingface.co/timm/resnet18.a1_in1k/tree/main", "hf-hub:timm/resnet18.a1_in1k"),
+        ("https://huggingface.co", "fetch the file"),
         ("https://example.org/weights.pt", "fetch the file"),
         ("", "robustify ls models"),
     ):

@@ -29,6 +29,8 @@ def small() -> nn.Module:
     lambda s: {"last": {"state_dict": s}},
     lambda s: {"model": {f"module.{k}": v for k, v in s.items()}},
     lambda s: {"net": {f"_orig_mod.{k}": v for k, v in s.items()}},
+    lambda s: {f"_orig_mod.module.{k}": v for k, v in s.items()},
+    lambda s: {f"module._orig_mod.module.{k}": v for k, v in s.items()},
     lambda s: {"model_ema": s, "epoch": 3},
     lambda s: {"state_dict": {"weights": s}, "optimizer": {"state": {}, "param_groups": []}},
 ])
@@ -54,6 +56,9 @@ def test_old_format_and_safetensors(tmp_path):
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git-lfs"),
     (b"", "empty"),
     (b"hello, I am a text", "neither"),
+    (b"hello\n", "neither"),
+    (b"{}", "neither"),
+    (b"\x28\x01\0\0", "4 bytes. is truncated"),
     (b"PK", "2 bytes. is truncated"),
     (b"\x80", "1 byte. is truncated"),
     (b"\0" * 1000, "begins with zeros alone"),
@@ -139,6 +144,19 @@ def test_code_is_not_run(tmp_path):
     assert not trace.exists()
     assert weights.read(path, allow_pickle=True).keys() == small().state_dict().keys()
     assert trace.exists()
+
+
+@pytest.mark.parametrize(("stored", "said"), [
+    (small(), r"a whole network, which is more than tensors \(torch.nn.modules.container.Sequential, "),
+    ({"a": nn.functional.relu}, r"more than tensors \(torch.nn.functional.relu\)"),
+    ({"a": torch.rand(2), "b": torch.nn.Parameter(torch.rand(2)), "c": torch.float16, "d": {1}, "e": torch._utils._flatten_dense_tensors},
+     r"more than tensors \(torch._utils._flatten_dense_tensors\)"),
+])  # fmt: skip
+def test_only_what_would_run_is_named(tmp_path, stored, said):
+    for new in (True, False):
+        torch.save(stored, tmp_path / "a.pt", _use_new_zipfile_serialization=new)
+        with pytest.raises(UserError, match=f"holds {said}"):
+            weights.read(tmp_path / "a.pt")
 
 
 def test_options_of_training_scripts_are_harmless(tmp_path):
