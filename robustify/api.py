@@ -204,7 +204,7 @@ def export(
             rounding = _measure_rounding(checkpoint, data, min(n, len(split)), listener)
 
     robustness = model_folder.robustness_of(config)
-    if rounded := (rounding[1].digest() if rounding else model_folder.half_digest(kept.get(model_folder.HALF))):
+    if rounded := (rounding[1].digest() if rounding else model_folder.digest_of(kept.get(model_folder.HALF))):
         robustness["half"] = rounded
 
     def finish(stage: Path) -> None:

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import glob
 import json
 import os
+import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -24,6 +25,7 @@ _FULL = {
     errno.EFBIG: "a file in {} may not become so large (see ulimit -f)",
 }
 _TEMPORARY = ".tmp"
+_HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())  # two machines that share a disk can have processes of one number
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -133,19 +135,19 @@ def staged_folder(
     Yields the empty folder to fill. Files of an older folder that the block did not write stay, but for those named in
     `drop`, as paths in it. When the block raises, the older folder, or none, is left as it was. Of several processes that
     build the same folder each gets its turn, so it always is the work of one of them; what a killed one left is removed by
-    the next. needed: bytes, where known. Raises
-    UserError when the disk is full, and when the folder holds something by then and `force` is false.
+    the next on the same machine. The folder is locked while it is filled: another one staged in it would wait for ever.
+    needed: bytes, where known. Raises UserError when the disk is full, and when the folder holds something by then and
+    `force` is false.
     """
     folder = Path(path).expanduser().resolve()
-    stage = _temporary(folder)
+    stage = None
     try:
-        with full_disk_explained(folder, needed), ExitStack() as until_it_is_in_place:
+        with full_disk_explained(folder, needed), ExitStack() as held:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _turn(folder.parent):
                 _clear_killed(folder)
-                shutil.rmtree(stage, ignore_errors=True)
-                stage.mkdir()
-                until_it_is_in_place.enter_context(_turn(stage))
+                stage = _new_stage(folder)
+                held.enter_context(_turn(stage))
             yield stage
             for file in stage.rglob("*"):
                 if file.is_file():
@@ -155,14 +157,28 @@ def staged_folder(
                     new_folder(folder, force)
                     _link_missing(folder, stage, drop)
                 _flush(stage)
+                held.close()  # else the folder would be locked, under its new name
                 _swap(stage, folder)
             _flush(folder.parent)
     finally:  # after a swap the temporary name holds the older folder
-        shutil.rmtree(stage, ignore_errors=True)
+        if stage is not None:
+            shutil.rmtree(stage, ignore_errors=True)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
+def _temporary(path: Path, again: str = "") -> Path:
+    return path.with_name(f".{path.name}.{_HOST}.{os.getpid()}{again}{_TEMPORARY}")
+
+
+def _new_stage(folder: Path) -> Path:
+    """Make an empty folder under a name that nobody has: in a container another process may have our number."""
+    stage, number = _temporary(folder), 1
+    while True:
+        try:
+            stage.mkdir()
+            return stage
+        except FileExistsError:
+            number += 1
+            stage = _temporary(folder, f"-{number}")
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -199,12 +215,16 @@ def _turn(folder: Path) -> Iterator[None]:
 
 
 def _clear_killed(folder: Path) -> None:
-    """Remove what killed processes left of this folder: a living one holds the lock of what it is building."""
+    """Remove what killed processes of this machine left of this folder: a living one holds the lock of what it is building.
+
+    Another machine's locks may not be seen from here, so what it left is its own to remove.
+    """
     if os.name == "nt":
         return
     import fcntl
 
-    for stage in folder.parent.glob(f".{glob.escape(folder.name)}.[0-9]*{_TEMPORARY}"):
+    ours = re.compile(rf"\.{re.escape(folder.name)}\.{_HOST}\.\d+(-\d+)?{re.escape(_TEMPORARY)}")
+    for stage in [path for path in folder.parent.iterdir() if ours.fullmatch(path.name)]:
         with suppress(OSError):  # a file; gone by now; held; a file system without locks
             handle = os.open(stage, os.O_RDONLY | os.O_DIRECTORY)
             try:

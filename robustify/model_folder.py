@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -109,7 +110,10 @@ def card_of(folder: Path, *, place: Path | None = None, hub: str | None = None) 
     half = load_pair(folder / HALF) if (folder / HALF).is_file() else None
     command, recipe = _recipe(beside / RECIPE)
     config = read_config(folder)
-    check_same(folder, config, beside)
+    known = {"report": after.digest(), "half": half and half[1].digest()}
+    if folder != place:  # it is being built, and config.json has just been given the digest of its weights
+        known[SHA256] = config["robustness"].get(SHA256)
+    check_same(folder, config, beside, known)
     text = render(
         name=named.name,
         path=str(place.relative_to(named.parent)),
@@ -129,20 +133,23 @@ def card_of(folder: Path, *, place: Path | None = None, hub: str | None = None) 
     return text, half[1] if half else after
 
 
-def check_same(folder: Path, config: Mapping[str, Any], beside: Path | None = None) -> None:
+def check_same(
+    folder: Path, config: Mapping[str, Any], beside: Path | None = None, known: Mapping[str, str | None] = MappingProxyType({})
+) -> None:
     """Raise UserError when the weights or the reports of a model's folder are not those that its config.json names.
 
     A figure on the card is of these very weights only as long as nobody has put another file in the place of one of them.
     What an older config.json does not name is not asked. beside: where the report is, where the folder is still being built.
+    known: the digests that the caller has taken already, by their names in config.json.
     """
     said, report = config.get("robustness") or {}, (beside or _beside(folder)) / REPORT
-    found: dict[str, tuple[Path, str | None]] = {}
+    found: dict[str, Path] = {}
     if "report" in said and report.is_file():
-        found["report"] = report, load_pair(report)[1].digest()
+        found["report"] = report
     if SHA256 in said and (folder / WEIGHTS).is_file():
-        found[SHA256] = folder / WEIGHTS, sha256(folder / WEIGHTS)
-        found["half"] = folder / HALF, half_digest(folder / HALF)
-    for key, (path, digest) in found.items():
+        found |= {SHA256: folder / WEIGHTS, "half": folder / HALF}
+    for key, path in found.items():
+        digest = known[key] if key in known else sha256(path) if key == SHA256 else digest_of(path)
         if digest != (named := said.get(key)):
             is_now = f"its digest is {digest[:12]}" if digest else "there is no such file"
             raise UserError(
@@ -157,8 +164,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def half_digest(path: Path | None) -> str | None:
-    """Return the digest of what a half.json says of the rounded weights, None when there is none."""
+def digest_of(path: Path | None) -> str | None:
+    """Return the digest of what a report.json or half.json says of its second model, None when there is none."""
     return load_pair(path)[1].digest() if path and path.is_file() else None
 
 

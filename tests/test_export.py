@@ -414,17 +414,19 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
     killed, living = begun(600), begun(600)
     killed.kill()
     killed.communicate()
-    stages = {f".out.{process.pid}.tmp" for process in (killed, living)}
+    stages = {f".out.{files._HOST}.{process.pid}.tmp" for process in (killed, living)}
     assert set(left(tmp_path)) == stages
-    (tmp_path / ".out.mine.tmp").mkdir()
+    others = [".out.2024-backup.tmp", ".out.5.tmp", f".out.1.5.{files._HOST}.7.tmp", ".out.elsewhere.7.tmp"]
+    for name in others:
+        (tmp_path / name).mkdir()
     try:
         save(custom(Tied()), tmp_path / "out")
-        assert left(tmp_path) == sorted([f".out.{living.pid}.tmp", ".out.mine.tmp", "out"])
+        assert left(tmp_path) == sorted([f".out.{files._HOST}.{living.pid}.tmp", *others, "out"])
     finally:
         living.kill()
         living.communicate()
     save(custom(Tied()), tmp_path / "out", force=True)
-    assert left(tmp_path) == [".out.mine.tmp", "out"]
+    assert left(tmp_path) == sorted([*others, "out"])
 
 
 def test_what_timm_has_needs_no_robustify(tmp_path):

@@ -142,6 +142,48 @@ def test_staged_folder_that_fails_leaves_the_older_one(tmp_path, older, error):
     assert not older or (out / "a").read_text() == "old"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no such locks there")
+def test_staged_folder_leaves_another_living_one_of_its_number(tmp_path):
+    """Processes of two containers may have one number; here two blocks of one process."""
+    out = tmp_path / "out"
+    with files.staged_folder(out) as living:
+        (living / "a").write_text("living")
+        with files.staged_folder(out) as stage:
+            assert stage.name == f"{living.stem}-2.tmp"
+        assert (living / "a").read_text() == "living"
+    assert names(tmp_path) == ["out/a"]
+    dead = tmp_path / living.name
+    (dead / "half").mkdir(parents=True)
+    with files.staged_folder(out) as stage:
+        assert stage == dead
+        assert list(stage.iterdir()) == []
+    assert names(tmp_path) == ["out/a"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such locks there")
+@pytest.mark.parametrize("exchange", [True, False])
+def test_staged_folder_in_its_place_is_not_locked(tmp_path, monkeypatch, exchange):
+    import fcntl
+
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    out, swap = tmp_path / "out", files._swap
+    freed = []
+
+    def swapped(stage, folder):
+        swap(stage, folder)
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where it is held
+        os.close(handle)
+        freed.append(folder)
+
+    monkeypatch.setattr(files, "_swap", swapped)
+    for _ in range(2):
+        with files.staged_folder(out) as stage:
+            (stage / "a").write_text("a")
+    assert freed == [out, out]
+
+
 def test_staged_folder_when_the_second_rename_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     out = tmp_path / "out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_card import AFTER, BEFORE, run_folder
 
-from robustify import api
+from robustify import api, model_folder
 from robustify.errors import UserError
 from robustify.model_folder import made_there, write_card
 from robustify.push import pack
@@ -83,6 +84,17 @@ def test_the_files_of_another_model_make_no_card(tmp_path, swap, layout):
     with pytest.raises(UserError, match="is not the one"):
         api.export(str(source), tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_an_export_takes_each_digest_once(tmp_path, monkeypatch):
+    run = whole(tmp_path / "run")
+    hashed, read = [], []
+    digest, load = hashlib.file_digest, model_folder.load_pair
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name) or digest(file, name))
+    monkeypatch.setattr(model_folder, "load_pair", lambda path: read.append(path) or load(path))
+    api.export(str(run), tmp_path / "exported")
+    assert len(hashed) == len(set(hashed)) == 2  # the run's and the new one
+    assert len(read) == len(set(read)) == 2
 
 
 def test_rounded_weights_go_with_their_own_report(tmp_path):

@@ -14,7 +14,7 @@ COMPILED = {"torchscript": "TorchScript", "torch.export": "a program of torch.ex
 # what puts tensors together, and plain values: no code of anybody's
 HARMLESS = re.compile(
     r"torch\._utils\._rebuild_\w+|torch\.(storage\.)?\w*Storage|torch\.nn\.parameter\.Parameter"
-    r"|torch\.(Tensor|Size|dtype|device|bool|b?float\w*|complex\d+|u?int\d+)|collections\.OrderedDict"
+    r"|torch\.(Tensor|Size|dtype|device|bool|b?float\d\w*|complex\d+|u?int\d+)|collections\.OrderedDict"
     r"|(builtins|__builtin__)\.(set|frozenset|dict|list|tuple|slice|range|int|float|complex|bool|str|bytes|bytearray|object)"
 )
 PICKLES = 5  # in a file of torch before 1.6: magic number, protocol, system, the state, its storages

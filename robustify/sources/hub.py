@@ -43,14 +43,21 @@ def _as_sent(repo: str, path: Path) -> Path:
     told = path.resolve().name
     if re.fullmatch("[0-9a-f]{64}", told) is None:
         return path
-    with open(path, "rb") as weights:
-        found = hashlib.file_digest(weights, "sha256").hexdigest()
+    now = path.stat()
+    found = _sha256(path.resolve(), now.st_size, now.st_mtime_ns)
     if found == told:
         return path
     owner_name, _, revision = repo.partition("@")
     at = f" --revision {revision}" if revision else ""
     message = f"{path.name} of {repo} is damaged: its SHA-256 is {found[:12]}..., the hub's {told[:12]}..."
     raise UserError(message, f"fetch it anew: hf download {owner_name} {path.name}{at} --force-download")
+
+
+@functools.cache
+def _sha256(path: Path, size: int, changed: int) -> str:
+    """The SHA-256 of a file, taken once as long as its size and the time of its last change, in ns, stay the same."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def same_commit(repo: str, path: Path) -> str:

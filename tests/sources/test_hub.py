@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import os
 import time
 
 import huggingface_hub
@@ -62,9 +64,19 @@ def test_weights_that_are_not_what_the_hub_sent_are_refused(hub):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1  # as long as before, and a weight like any other
     path.resolve().write_bytes(content)
+    os.utime(path, ns=(0, 0))  # a clock that ticks slowly could give it the time that it had
     with pytest.raises(UserError, match=r"model.safetensors of me/net@0123\w+ is damaged: its SHA-256 is \w{12}") as error:
         sources.load("hf-hub:me/net")
     assert f"hf download me/net model.safetensors --revision {COMMIT} --force-download" in error.value.hint
+
+
+def test_weights_are_compared_with_what_the_hub_sent_once(hub, monkeypatch):
+    taken = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: taken.append(file.name) or digest(file, name))
+    for _ in range(3):
+        path = files.weight_file("me/net")
+    assert taken == [str(path.resolve())]
 
 
 def test_random_weights_are_no_remedy_for_a_missing_description(hub, monkeypatch):
