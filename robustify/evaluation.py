@@ -26,6 +26,7 @@ from robustify.pieces import Pieces, same_facts
 from robustify.pixels import PixelModel
 from robustify.pointwise import heard, pointwise
 from robustify.report import Report
+from robustify.splits import resized
 from robustify.threat import Norm, ThreatModel
 
 __all__ = ["conversions", "counted", "evaluate", "rows_of", "sample"]
@@ -239,6 +240,8 @@ def model_digest(model: nn.Module) -> str:
 
 def _model_notes(run: Run, clean: Clean) -> list[str]:
     notes = sanity.of_clean(clean.row, clean.classes)
+    if other := resized(run.split):
+        notes.append(f"The images are {other}: the perturbations are measured in the resized ones.")
     if clean.probabilities:
         notes.append(
             "The model returns probabilities, not logits: cross entropy and DLR on them have weak gradients, so "

@@ -57,6 +57,11 @@ class Result:
     pixel_model: PixelModel
     recipe: Recipe
 
+    def __str__(self) -> str:
+        """The two reports: what was measured before and after."""
+        before, after = self.report
+        return f"before\n{before}\n\nafter\n{after}"
+
     @property
     def hardened(self) -> bool:
         """Whether the weights are others than those that were loaded: the start is kept when nothing beat it."""

@@ -22,6 +22,7 @@ from robustify.pixels import PixelModel
 from robustify.recipe import Recipe
 from robustify.sensitivity import UpsilonTracker
 from robustify.sources import Checkpoint
+from robustify.splits import resized
 from robustify.step import check_derivatives, prepare, set_train_mode, take_step
 from robustify.train import check_held_out
 from robustify.unlabelled import read_pool
@@ -72,7 +73,8 @@ def planned(recipe: Recipe, checkpoint: Checkpoint, data: Data) -> dict[str, Any
         if checkpoint.replaced
         else None,
         "license": checkpoint.license or "unknown",
-        "data": f"{data.name}: {len(data.train)} train, {len(data.val)} held out, {len(data.test)} {data.test_name}",
+        "data": f"{data.name}: {len(data.train)} train, {len(data.val)} held out, {len(data.test)} {data.test_name}"
+        + (f"; {other}" if (other := resized(data.test)) else ""),
         "threat": recipe.threat.spec,
         "method": recipe.method.name,
         "trains": f"{recipe.train.layers}: {chosen.trainable:,} of {chosen.total:,} parameters",

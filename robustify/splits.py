@@ -120,6 +120,13 @@ def chunks(n: int, size: int) -> Iterator[range]:
     return (range(start, min(start + size, n)) for start in range(0, n, size))
 
 
+def resized(split: Split) -> str | None:
+    """Say that the images have another size than the batches; None when they have not. Large pictures are shrunk as they are
+    read, which nobody needs to be told."""
+    stored, size = (tuple(map(int, split.raw([0]).shape[2:])), split.shape[1:]) if len(split) else ((), ())
+    return None if stored == size else "{} x {}, resized to {} x {}".format(*stored, *size)
+
+
 def batches(split: Split, index_lists: Iterable[Indices], device: torch.device | str,
             workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (x float32 [B,C,H,W] in [0,1], y int64 [B]) on the device for each list of indices, in order.

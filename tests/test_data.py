@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from robustify import data as datasets
 from robustify.data import Data, Lazy, Resident, Split, batches, chunks, from_tensors, load, subset
 from robustify.errors import UserError
+from robustify.splits import resized
+
+
+def test_another_size_than_the_models_is_told():
+    x, y = torch.rand(12, 3, 6, 8), torch.arange(12) % 2
+    data = from_tensors((x, y), (x, y), (x, y))
+    assert resized(data.test) is None
+    assert resized(replace(data.test, size=(12, 12))) == "6 x 8, resized to 12 x 12"
 
 
 def numbered(n: int = 40, classes: int = 4, side: int = 8) -> tuple[torch.Tensor, torch.Tensor]:

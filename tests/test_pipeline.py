@@ -241,9 +241,10 @@ def test_a_network_that_expects_another_normalisation_is_refused_with_the_one_it
         chosen = chosen[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
         return x[chosen], y[chosen]
 
-    with pytest.raises(UserError, match=r"seems to expect that") as error:
-        harden(net, of_200(0.4), test_data=of_200(0.4), **settings)
-    assert "mean=[" in error.value.hint
+    for share in (0.1, 0.4):  # below chance, and above it
+        with pytest.raises(UserError, match=r"seems to expect that") as error:
+            harden(net, of_200(share), test_data=of_200(share), **settings)
+        assert "mean=[" in error.value.hint
     with pytest.warns(UserWarning, match="or these images are unlike those it was trained on"):
         harden(net, of_200(0.7), test_data=of_200(0.7), **settings)
     harden(net, of_200(0.4), test_data=of_200(0.4), mean=mean.tolist(), std=deviation.tolist(), **settings)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from helpers import tiny_net, toy_data
 from torch import nn
 
-from robustify import sanity
+from robustify import readings, sanity
 from robustify.data import Split, from_tensors
 from robustify.errors import UserError
 from robustify.evaluation import evaluate
@@ -249,3 +249,12 @@ def test_real_networks_show_nothing(assets, name):
     x, y = assets.images("mnist" if name.startswith("mnist") else "cifar10")
     report = looked_at(assets.model(name), ["fgsm", "pgd:steps=10"], from_tensors(*[(x[:64], y[:64])] * 3).test)
     assert report.notes == [], report.notes
+
+
+def test_other_readings_on_a_gpu(model):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    x, y = (part.to("cuda") for part in toy_data(64))
+    model = PixelModel(model, (0.5,), (0.25,)).to("cuda").eval()
+    best, _ = readings.others(model, x, y, model(x).argmax(1) == y)
+    assert best is not None
