@@ -159,6 +159,8 @@ def _robustbench(
 def _no_folder(source: str) -> UserError:
     if not source:
         return UserError("no model is named", "robustify ls models lists those of RobustBench; a folder will do as well")
+    if refused := local.unfinished(Path(source).expanduser()):
+        return refused
     if Path(source).exists():
         hint = "a model folder holds config.json and model.safetensors, as robustify and timm write them"
         return UserError(f"{source} is no model folder: it has no config.json", hint)

@@ -32,6 +32,8 @@ def load(path: Path, options: Options) -> Checkpoint:
     base_id = local.called(path) if path.is_dir() else path.name
     cfg: dict[str, Any] = {}
     if path.is_dir():
+        if refused := local.unfinished(path):
+            raise refused
         folder = local.model_folder(path)
         config = local.read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
         cfg = config.get("pretrained_cfg", {})

@@ -84,6 +84,14 @@ def assemble(
     )
 
 
+def unfinished(folder: Path) -> UserError | None:
+    """Return what to say of a folder whose run has not come to a model yet; None of any other."""
+    if is_model(folder) or not (folder / "recipe.yaml").is_file():
+        return None
+    go_on = f"robustify finetune {shlex.quote(f'{folder}/recipe.yaml')} -o {shlex.quote(str(folder))}"
+    return UserError(f"{folder} holds a run that has not finished, so there is no model yet", f"it goes on with: {go_on}")
+
+
 def model_folder(folder: Path) -> Path:
     """Return the folder with the config.json, which a run keeps in model/."""
     inside = folder / "model"

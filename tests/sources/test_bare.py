@@ -169,6 +169,15 @@ def test_the_run_of_a_function_says_how_its_folder_loads(mine):
     assert sources.load("run/model:arch=mynets:make,width=5,num_classes=7").num_classes == 7
 
 
+@pytest.mark.parametrize("source", ["run", "run:arch=mynets:make"])
+def test_a_run_that_has_not_finished_is_called_so(mine, source):
+    (mine / "run").mkdir()
+    (mine / "run" / "recipe.yaml").write_text("model: {source: 'mynets:make:size=8'}")
+    with pytest.raises(UserError, match="has not finished") as error:
+        sources.load(source)
+    assert "robustify finetune run/recipe.yaml -o run" in error.value.hint
+
+
 def test_what_is_exported_of_it_loads_again(mine):
     checkpoint = sources.load("mynets:make:size=8,mean=0.5,std=0.25")
     api.export(checkpoint, "out")
