@@ -657,7 +657,7 @@ def table(rows: dict[str, dict[str, Any]], every: list[dict[str, Any]], command:
         head, "|---" * (len(COUNTED) + 4) + "|", line("RobustBench", parts["robustbench"]), line("timm", parts["timm"]), "",
         f"Of timm's {len(families)} families, {len(reached)} have a member that passed.", "",
         f"The largest that passed has {max(passed, default=0):,} weights.", "",
-        *([f"{len(sizes)} models of {min(sizes):,} weights and more lacked the time for their full size."] if sizes else []),
+        *([f"{len(sizes)} models of {min(sizes):,} weights and more were not tried at their full size."] if sizes else []),
         *([f"{len(large)} of {min(large):,} and more are too large for this machine's memory: {_NEEDED}"] if large else []), "",
         "`not reached` has not been tried: the command goes on there, and `--table` writes this page anew. The rows were made",
         "while the code was being repaired; those that failed were repeated afterwards, those that passed were not.", "",
