@@ -66,7 +66,7 @@ def test_a_large_model_with_fewer_blocks_is_no_pass_of_its_size(sweep, machine):
     assert machine.seen == before
     page = sweep.table({row["name"]: row}, [entry], "python benchmarks/sweep_models.py")
     assert "| timm | 1 | 0 | 0 | 0 | 0 | 0 | 0 | 1 | 0 |  |" in page
-    assert "5,790,376 weights and more lacked the time for their full size" in page
+    assert "5,790,376 weights and more were not tried at their full size" in page
     assert sweep.narrowed({"name": "timm:vgg11", "family": "timm vgg"}) is None
 
 
