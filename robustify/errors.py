@@ -30,11 +30,12 @@ def together(errors: Sequence[UserError]) -> UserError:
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """Return ` Did you mean X?` for the closest known word, or an empty string."""
+    """Return ` Did you mean X?` for the closest known word, large letters or small, or an empty string."""
     import difflib
 
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f" Did you mean {close[0]}?" if close else ""
+    spelled = {name.lower(): name for name in reversed(known)}
+    close = difflib.get_close_matches(word.lower(), spelled, n=1, cutoff=0.6)
+    return f" Did you mean {spelled[close[0]]}?" if close else ""
 
 
 def reason(error: Exception, most: int = 200) -> str:

@@ -33,15 +33,26 @@ def open_run(folder: Path, recipe: Recipe, resume: str, force: bool) -> Path | N
         if found is not None:  # without one nothing but a measurement is lost
             _same_recipe(folder, recipe)
         return found
+    if not force and _began(folder) and not _unfinished(folder):
+        which = "this recipe" if _changes(folder, recipe) == [] else "another recipe"
+        raise UserError(
+            f"the output folder {folder} is not empty: it holds a finished run of {which}",
+            f"robustify evaluate {shlex.quote(str(folder))} measures its model; -o FOLDER runs elsewhere, --force "
+            "(force=True in Python) anew in its place",
+        )
     files.new_folder(folder, force)
     return None
+
+
+def _began(folder: Path) -> bool:
+    """Whether a run began here: not a recipe someone put there."""
+    return all((folder / name).exists() for name in ("recipe.yaml", "environment.json"))
 
 
 def _unfinished(folder: Path) -> bool:
     """Whether a run began here and has not ended: the model is written last, and then the training state goes."""
     left = any((folder / name).exists() for name in _STATE)
-    ours = all((folder / name).exists() for name in ("recipe.yaml", "environment.json"))  # not a recipe someone put there
-    return ours and (left or not (folder / "model" / CONFIG).exists())
+    return _began(folder) and (left or not (folder / "model" / CONFIG).exists())
 
 
 def clear_state(folder: Path) -> None:
@@ -49,6 +60,18 @@ def clear_state(folder: Path) -> None:
     for name in _STATE:
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def _changes(folder: Path, recipe: Recipe) -> list[str] | None:
+    """What the recipe changes in the one of the run there, [] for nothing that its result depends on; None if unreadable."""
+    try:
+        there = build(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf8")))
+    except (OSError, yaml.YAMLError, UserError):
+        return None
+    if there.digest == recipe.digest:
+        return []
+    mine, theirs = flat(recipe.to_dict()), flat(there.to_dict())
+    return [f"{key}: {theirs.get(key)} -> {mine.get(key)}" for key in mine if mine.get(key) != theirs.get(key)]
 
 
 def _same_recipe(folder: Path, recipe: Recipe) -> None:
@@ -59,9 +82,7 @@ def _same_recipe(folder: Path, recipe: Recipe) -> None:
     except (yaml.YAMLError, UserError) as error:
         hint = "--force (force=True in Python) starts anew there"
         raise UserError(f"{folder / 'recipe.yaml'} cannot be read: {error}", hint) from None
-    if there.digest != recipe.digest:
-        mine, theirs = flat(recipe.to_dict()), flat(there.to_dict())
-        changed = [f"{key}: {theirs.get(key)} -> {mine.get(key)}" for key in mine if mine.get(key) != theirs.get(key)]
+    if changed := _changes(folder, recipe):
         raise UserError(
             f"{folder} holds an unfinished run of another recipe ({'; '.join(changed[:4])})",
             f"continue it with: {_command(folder, there)}; "

@@ -99,8 +99,10 @@ def test_every_figure_on_the_card_is_in_the_report(run):
 def test_a_finished_or_foreign_folder_is_never_overwritten(run, tmp_path):
     folder, _, _ = run
     weights = (folder / "model" / "model.safetensors").read_bytes()
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="not empty: it holds a finished run of this recipe"):
         finetune(quick(), folder)
+    with pytest.raises(UserError, match="not empty: it holds a finished run of another recipe"):
+        finetune(quick("train.lr=0.02"), folder)
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "love.txt").write_text("dear")
     with pytest.raises(UserError, match="not empty"):
