@@ -23,8 +23,8 @@ from robustify.errors import UserError
 from robustify.evaluation import conversions, rows_of
 from robustify.evaluation import evaluate as measure
 from robustify.events import Listener, Note, Progress
+from robustify.export import buffers_not_held, round_weights
 from robustify.export import export as write_model
-from robustify.export import made_anew, round_weights
 from robustify.model_folder import CONFIG, WEIGHTS
 from robustify.modes import borrowed
 from robustify.pixels import PixelModel
@@ -218,7 +218,7 @@ def export(
         for name, text in texts.items():
             files.write_text(stage / name, text)
 
-    if listener is not None and (missing := made_anew(checkpoint, checkpoint.model)) is not None:
+    if listener is not None and (missing := buffers_not_held(checkpoint, checkpoint.model)) is not None:
         listener(Note(missing))
     return write_model(
         checkpoint,

@@ -20,7 +20,7 @@ from robustify.equivalents import in_timm
 from robustify.errors import UserError
 from robustify.formats import check_format, write_format
 from robustify.layers import find_classifier
-from robustify.model_folder import CONFIG, LICENSE, OURS, SHA256, WEIGHTS, made_there, sha256
+from robustify.model_folder import CONFIG, LICENSE, OURS, SHA256, WEIGHTS, made_there
 from robustify.pixels import PixelModel, own_memory
 from robustify.report import plain
 from robustify.sources import local
@@ -86,7 +86,7 @@ def export(
     foreign = () if made_there(target, config["robustness"]["base_model"]) else (LICENSE,)
     with files.staged_folder(target, needed=needed, drop=(*OURS, *foreign), force=force) as stage:
         _write_weights(stage / WEIGHTS, state, _head(checkpoint, metadata))
-        config["robustness"][SHA256] = sha256(stage / WEIGHTS)
+        config["robustness"][SHA256] = files.sha256(stage / WEIGHTS)
         files.write_json(stage / CONFIG, config)
         _compare(original, logits, _read_back(stage, net), x)
         gaps = {name: write_format(name, original, x, stage) for name in formats}
@@ -268,7 +268,7 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
     return model(x)
 
 
-def made_anew(checkpoint: Checkpoint, model: PixelModel) -> str | None:
+def buffers_not_held(checkpoint: Checkpoint, model: PixelModel) -> str | None:
     """Return what the user of a class of one's own must know: which buffers the weights do not hold. None without any."""
     held = model.net.state_dict()
     missing = [name for name, _ in model.net.named_buffers() if name not in held]

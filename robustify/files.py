@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -58,6 +59,12 @@ def save(path: str | Path, write: Callable[[Path], object], needed: int | None =
             _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def no_room(error: BaseException, path: Path | None, needed: int | None = None, hint: str = "") -> UserError | None:

@@ -104,18 +104,21 @@ def gate(recipe: Recipe, checkpoint: Checkpoint, data: Data, world: World, tell:
         tell=lambda stage, done, total: tell(Progress("checking the model", done, total)),
     )
     known = checkpoint.published is not None and recipe.data.name == checkpoint.dataset
+
+    def misread() -> str | None:
+        return world.on_main(lambda: _misread(checkpoint, data, n, min(64, recipe.eval.batch_size)))
+
     try:
         said = verify(report.rows[0].accuracy, n, checkpoint, recipe.data.name, data.num_classes)
     except UserError as refused:
-        world.on_main(lambda: _misread(checkpoint, data, n, min(64, recipe.eval.batch_size)))  # it may know why
+        misread()  # it may know why
         if data.class_names:
             order = ", ".join(data.class_names[:8]) + (", ..." if len(data.class_names) > 8 else "")
             raise UserError(refused.message, f"{refused.hint}; the order of the classes here: {order}") from None
         raise
-    if not known and checkpoint.replaced is None:  # a network that holds its published figure sees what it should
-        doubt = world.on_main(lambda: _misread(checkpoint, data, n, min(64, recipe.eval.batch_size)))
-        if doubt is not None:
-            tell(Note(doubt, "warning"))
+    # a network that holds its published figure sees what it should
+    if not known and checkpoint.replaced is None and (doubt := misread()) is not None:
+        tell(Note(doubt, "warning"))
     tell(Note(said))
 
 

@@ -5,7 +5,6 @@ A run keeps the model in model/, the recipe and the reports above it; an exporte
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -149,19 +148,13 @@ def check_same(
     if SHA256 in said and (folder / WEIGHTS).is_file():
         found |= {SHA256: folder / WEIGHTS, "half": folder / HALF}
     for key, path in found.items():
-        digest = known[key] if key in known else sha256(path) if key == SHA256 else digest_of(path)
+        digest = known[key] if key in known else files.sha256(path) if key == SHA256 else digest_of(path)
         if digest != (named := said.get(key)):
             is_now = f"its digest is {digest[:12]}" if digest else "there is no such file"
             raise UserError(
                 f"{path} is not the one that {folder / CONFIG} was written with: {is_now}, not {str(named)[:12]}",
                 "the figures would be another model's: put the files of one model together again, as robustify wrote them",
             )
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_of(path: Path | None) -> str | None:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from robustify.compare import mcnemar
 from robustify.pixels import PixelModel
+from robustify.sources.torchvision import MEAN, STD
 
 _CHANCE = 0.0025  # of McNemar's exact test: 0.01 over four readings; 64 images that differ by ten, all one way, have 0.002
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _SAME = 0.02  # in mean and std: no other reading
 
 
@@ -62,7 +62,7 @@ def others(
 
 def _usual(x: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
     if x.shape[1] == 3:
-        yield "ImageNet's", x.new_tensor(_IMAGENET[0]), x.new_tensor(_IMAGENET[1])
+        yield "ImageNet's", x.new_tensor(MEAN), x.new_tensor(STD)
     yield "0.5 for all channels", x.new_tensor([0.5]), x.new_tensor([0.5])
     yield "none", x.new_tensor([0.0]), x.new_tensor([1.0])
     deviation, mean = torch.std_mean(x, (0, 2, 3))  # last: where a usual one does as well, that is more likely meant

@@ -34,7 +34,7 @@ def open_run(folder: Path, recipe: Recipe, resume: str, force: bool) -> Path | N
             _same_recipe(folder, recipe)
         return found
     if not force and _began(folder) and not _unfinished(folder):
-        which = "this recipe" if _changes(folder, recipe) == [] else "another recipe"
+        which = "this recipe" if _is_of(folder, recipe) else "another recipe"
         raise UserError(
             f"the output folder {folder} is not empty: it holds a finished run of {which}",
             f"robustify evaluate {shlex.quote(str(folder))} measures its model; -o FOLDER runs elsewhere, --force "
@@ -62,27 +62,30 @@ def clear_state(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def _changes(folder: Path, recipe: Recipe) -> list[str] | None:
-    """What the recipe changes in the one of the run there, [] for nothing that its result depends on; None if unreadable."""
+def _recipe_there(folder: Path) -> Recipe:
+    """The recipe of the run in a folder. Raises UserError when there is none, or it cannot be read."""
     try:
-        there = build(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf8")))
-    except (OSError, yaml.YAMLError, UserError):
-        return None
-    if there.digest == recipe.digest:
-        return []
-    mine, theirs = flat(recipe.to_dict()), flat(there.to_dict())
-    return [f"{key}: {theirs.get(key)} -> {mine.get(key)}" for key in mine if mine.get(key) != theirs.get(key)]
-
-
-def _same_recipe(folder: Path, recipe: Recipe) -> None:
-    try:
-        there = build(yaml.safe_load((folder / "recipe.yaml").read_text()))
+        return build(yaml.safe_load((folder / "recipe.yaml").read_text()))
     except FileNotFoundError:
         raise UserError(f"{folder} is not a run folder: it has no recipe.yaml") from None
     except (yaml.YAMLError, UserError) as error:
         hint = "--force (force=True in Python) starts anew there"
         raise UserError(f"{folder / 'recipe.yaml'} cannot be read: {error}", hint) from None
-    if changed := _changes(folder, recipe):
+
+
+def _is_of(folder: Path, recipe: Recipe) -> bool:
+    """Whether the run in a folder is of this recipe, as far as its result depends on it; one that cannot be read is not."""
+    try:
+        return _recipe_there(folder).digest == recipe.digest
+    except UserError:
+        return False
+
+
+def _same_recipe(folder: Path, recipe: Recipe) -> None:
+    there = _recipe_there(folder)
+    if there.digest != recipe.digest:
+        mine, theirs = flat(recipe.to_dict()), flat(there.to_dict())
+        changed = [f"{key}: {theirs.get(key)} -> {mine.get(key)}" for key in mine if mine.get(key) != theirs.get(key)]
         raise UserError(
             f"{folder} holds an unfinished run of another recipe ({'; '.join(changed[:4])})",
             f"continue it with: {_command(folder, there)}; "

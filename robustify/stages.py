@@ -16,7 +16,7 @@ from robustify.distributed import World
 from robustify.errors import UserError
 from robustify.evaluation import evaluate, model_digest
 from robustify.events import Exported, Listener, Note, Progress
-from robustify.export import export, made_anew
+from robustify.export import buffers_not_held, export
 from robustify.methods import withstood
 from robustify.model_folder import write_card
 from robustify.pixels import PixelModel
@@ -163,7 +163,7 @@ def export_hardened(
         finish=finish,
         force=True,
     )
-    if (missing := made_anew(checkpoint, model)) is not None:
+    if (missing := buffers_not_held(checkpoint, model)) is not None:
         tell(Note(missing))
     tell(Exported(folder / "model"))
 

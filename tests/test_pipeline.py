@@ -96,6 +96,14 @@ def test_every_figure_on_the_card_is_in_the_report(run):
     assert "robustify finetune quickstart" in card
 
 
+def test_a_run_with_a_setting_more_is_another_recipe(tmp_path):
+    """No value of the new recipe differs from the run's, which has one that the new one has not."""
+    (tmp_path / "recipe.yaml").write_text(quick().to_yaml())
+    other = SimpleNamespace(digest="another", to_dict=dict)
+    with pytest.raises(UserError, match="unfinished run of another recipe"):
+        runs._same_recipe(tmp_path, other)
+
+
 def test_a_finished_or_foreign_folder_is_never_overwritten(run, tmp_path):
     folder, _, _ = run
     weights = (folder / "model" / "model.safetensors").read_bytes()

@@ -7,7 +7,6 @@ is no hub.
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import re
 from pathlib import Path
@@ -56,8 +55,7 @@ def _as_sent(repo: str, path: Path) -> Path:
 @functools.cache
 def _sha256(path: Path, size: int, changed: int) -> str:
     """The SHA-256 of a file, taken once as long as its size and the time of its last change, in ns, stay the same."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return files.sha256(path)
 
 
 def same_commit(repo: str, path: Path) -> str:
